@@ -1,0 +1,183 @@
+"""Measure codecs on images with real files, side by side with JPEG, WebP and AVIF.
+
+    python evaluate.py                                      after python quantize.py
+    python evaluate.py runs/small.pt runs/pruned.pt runs/quantized.pt --data kodak/ --json runs/kodak.json
+
+For each checkpoint, level and image: the file is written, read back and decoded; bpp is 8 * bytes /
+pixels, quality is that of the decoded 8-bit image. Every figure is the mean over the images.
+BD-rate is against the first checkpoint: PSNR, PCHIP over log rate; negative is better.
+"""
+
+import argparse
+import io
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, features
+
+from lic.bitstream import ImageCoder
+from lic.checkpoint import load
+from lic.files import LicError, check_writable, read_bytes, run, write_bytes
+from lic.images import dead_leaves, find_images, read_image
+from lic.metrics import bd_rate, kmac_per_pixel, ms_ssim, parameters, psnr
+
+CLASSICAL = {  # name: (Pillow format, feature to ask for, qualities)
+    "jpeg": ("JPEG", "jpg", (5, 10, 15, 20, 30, 40, 55, 70, 80, 90)),
+    "webp": ("WEBP", "webp", (1, 5, 10, 20, 35, 50, 65, 80, 90)),
+    "avif": ("AVIF", "avif", (10, 20, 30, 40, 50, 60, 70, 80)),
+}
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoints", nargs="*", default=["runs/base.pt", "runs/pruned.pt", "runs/quantized.pt"],
+                        help="the first is the BD-rate anchor (default: runs/base.pt runs/pruned.pt runs/quantized.pt)")  # fmt: skip
+    parser.add_argument("--data", help="folder of images, searched recursively (default: 4 synthetic images)")
+    parser.add_argument("--published", help="JSON of published curves to compare with, as docs/kodak_published.json")
+    parser.add_argument("--json", help="write all figures to this file")
+    parser.add_argument("--plot", help="write the rate-distortion plot to this PNG (needs matplotlib)")
+    return parser.parse_args()
+
+
+@torch.inference_mode()
+def ideal_bpp(model, image, level):
+    """-log2 p of the rounded latents, with continuous scales, over the pixels of the unpadded image."""
+    x = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float() / 255
+    x = torch.nn.functional.pad(x, (0, -image.shape[1] % 64, 0, -image.shape[0] % 64), mode="replicate")
+    out = model(x.contiguous(memory_format=torch.channels_last), torch.tensor([float(level)]))
+    return (out.y_bits + out.z_bits).item() / (image.shape[0] * image.shape[1])
+
+
+def measure_level(model, coder, images, level, folder):
+    """One level of one checkpoint, averaged over the images."""
+    rows = []
+    for image in images:
+        path = folder / "image.lic"
+        start = time.perf_counter()
+        data = coder.compress(image, level)
+        encoded = time.perf_counter()
+        path.write_bytes(data)
+        data = path.read_bytes()
+        reading = time.perf_counter()
+        decoded = coder.decompress(data)
+        end = time.perf_counter()
+        rows.append([8 * path.stat().st_size / (image.shape[0] * image.shape[1]), ideal_bpp(model, image, level),
+                     psnr(image, decoded), ms_ssim(image, decoded), encoded - start, end - reading])  # fmt: skip
+    names = ("bpp", "ideal_bpp", "psnr", "ms_ssim", "encode_seconds", "decode_seconds")
+    return {"lmbda": model.lambdas[level], **dict(zip(names, np.mean(rows, axis=0).tolist()))}
+
+
+def measure_checkpoint(path, images):
+    model, meta = load(path)
+    coder = ImageCoder(model, meta["tables"], meta["fingerprint"])
+    coder.decompress(coder.compress(images[0], 0))  # warm-up
+    macs = kmac_per_pixel(model.config)
+    with tempfile.TemporaryDirectory() as folder:
+        levels = [measure_level(model, coder, images, level, Path(folder)) for level in range(len(model.lambdas))]
+    return {"path": path, "stage": meta["stage"], "parameters": parameters(model.config),
+            "kmac_per_pixel": {"encoder": macs["encoder"], "decoder": macs["decoder"]},
+            "bytes": meta["bytes"], "levels": levels}  # fmt: skip
+
+
+def measure_classical(images):
+    """JPEG, WebP and AVIF through Pillow at its default settings: {name: [{"quality", "bpp", ...}]}."""
+    results = {}
+    for name, (form, feature, qualities) in CLASSICAL.items():
+        if not features.check(feature):
+            print(f"{name}: this Pillow was built without it, left out")
+            continue
+        results[name] = []
+        for quality in qualities:
+            rows = []
+            for image in images:
+                buffer = io.BytesIO()
+                Image.fromarray(image).save(buffer, format=form, quality=quality)
+                decoded = np.asarray(Image.open(buffer).convert("RGB"))
+                bpp = 8 * len(buffer.getvalue()) / (image.shape[0] * image.shape[1])
+                rows.append([bpp, psnr(image, decoded), ms_ssim(image, decoded)])
+            results[name].append({"quality": quality, **dict(zip(("bpp", "psnr", "ms_ssim"), np.mean(rows, axis=0).tolist()))})
+    return results
+
+
+def points(rows):
+    return [(row["bpp"], row["psnr"]) for row in rows]
+
+
+def show_bd_rate(name, anchor, test):
+    percent, why = bd_rate(anchor, test)
+    print(f"{name:36}" + (f"{percent:+9.2f} %" if why is None else f"  not comparable: {why}"))
+    return percent
+
+
+def plot(path, curves):
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise LicError("--plot needs matplotlib, which is not installed: pip install matplotlib, or leave out --plot") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5.5))
+    for name, curve in curves.items():
+        axes.plot(*zip(*curve), marker="o" if name.endswith(".pt") else None, markersize=4, label=name)
+    top = max(bpp for name, curve in curves.items() if name.endswith(".pt") for bpp, _ in curve)
+    axes.set(xlabel="bits per pixel (file)", ylabel="PSNR (dB)", xlim=(0, 1.15 * top))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130, bbox_inches="tight")
+    write_bytes(path, buffer.getvalue())
+
+
+def main():
+    args = parse_args()
+    for path in filter(None, (args.json, args.plot)):
+        check_writable(path)
+    images = [read_image(path) for path in find_images(args.data)] if args.data else [dead_leaves(s) for s in range(1000, 1004)]
+    pixels = sum(image.shape[0] * image.shape[1] for image in images)
+    print(f"{len(images)} images, {pixels} pixels, {torch.get_num_threads()} threads")
+
+    checkpoints = []
+    for path in args.checkpoints:
+        result = measure_checkpoint(path, images)
+        checkpoints.append(result)
+        print(f"\n{path} ({result['stage']}): {result['parameters']:,} parameters, kMAC/pixel "
+              f"{result['kmac_per_pixel']['encoder']:.2f} to encode, {result['kmac_per_pixel']['decoder']:.2f} to decode, "
+              f"{result['bytes']:,} bytes")  # fmt: skip
+        print("  lambda      bpp  ideal bpp   PSNR dB   MS-SSIM  (dB)    encode s  decode s")
+        for row in result["levels"]:
+            print(f"  {row['lmbda']:<8} {row['bpp']:8.4f} {row['ideal_bpp']:9.4f} {row['psnr']:9.3f} {row['ms_ssim']:9.4f} "
+                  f"{-10 * np.log10(1 - row['ms_ssim']):6.2f} {row['encode_seconds']:9.3f} {row['decode_seconds']:9.3f}",
+                  flush=True)  # fmt: skip
+    classical = measure_classical(images)
+    for name, rows in classical.items():
+        print(f"\n{name}\n  quality     bpp   PSNR dB   MS-SSIM")
+        for row in rows:
+            print(f"  {row['quality']:<8} {row['bpp']:7.4f} {row['psnr']:9.3f} {row['ms_ssim']:9.4f}")
+    published = json.loads(read_bytes(args.published))["curves"] if args.published else {}
+
+    print(f"\nPSNR BD-rate against {args.checkpoints[0]} (negative: smaller files at equal PSNR)")
+    anchor = points(checkpoints[0]["levels"])
+    for result in checkpoints:
+        result["bd_rate_percent"] = show_bd_rate(result["path"], anchor, points(result["levels"]))
+    for name, rows in classical.items():
+        show_bd_rate(name, anchor, points(rows))
+    for name, curve in published.items():
+        show_bd_rate(name + " (published)", anchor, list(zip(curve["bpp"], curve["psnr"])))
+
+    if args.json:
+        result = {"images": len(images), "pixels": pixels, "checkpoints": checkpoints, "classical": classical}
+        write_bytes(args.json, json.dumps(result, indent=1).encode())
+    if args.plot:
+        curves = {result["path"]: points(result["levels"]) for result in checkpoints}
+        curves |= {name: points(rows) for name, rows in classical.items()}
+        curves |= {name + " (published)": list(zip(c["bpp"], c["psnr"])) for name, c in published.items()}
+        plot(args.plot, curves)
+
+
+if __name__ == "__main__":
+    run(main)

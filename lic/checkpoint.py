@@ -1,0 +1,95 @@
+"""The one hand-over file between the stages: a plain dict that alone rebuilds its codec.
+
+    {"format", "version", "stage", "config", "state_dict", "tables", "quantization",
+     "lineage": [{"stage", "arguments", "steps", "data", "parent"}, ...], "metrics", "fingerprint"}
+
+It is loaded with weights_only=True, so no code in a file is ever run. The fingerprint is a
+SHA-256 over all that decoding depends on: config, tensors, tables. torch.load does not notice
+a flipped bit in a tensor; the fingerprint does. Compressed files carry its first 8 bytes.
+"""
+
+import hashlib
+import io
+import json
+import pickle
+
+import numpy as np
+import torch
+
+from lic.coder import Tables
+from lic.files import LicError, read_bytes, write_bytes
+from lic.models import Codec
+from lic.quantization import pack, quantize_layers, unpack
+
+FORMAT, VERSION = "lic checkpoint", 1
+
+
+def fingerprint(config, quantization, state_dict, tables):
+    """SHA-256 in hexadecimal over names, types, shapes and little-endian bytes, in sorted order."""
+    digest = hashlib.sha256(json.dumps([config, quantization], sort_keys=True).encode())
+    tensors = dict(state_dict)
+    for kind, table in tables.items():
+        tensors.update({f"tables.{kind}.{field}": value for field, value in table.items()})
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save(path, model, tables, stage, arguments, steps, parent=None, metrics=None):
+    """Write the checkpoint and return its fingerprint.
+
+    tables: from bitstream.build_tables. arguments: a plain dict, recorded in the lineage.
+    parent: the meta of the checkpoint that this one was made from. metrics: plain numbers.
+    """
+    state_dict = {name: t.detach().cpu().contiguous().clone() for name, t in model.state_dict().items()}
+    if model.quantization:
+        state_dict = pack(state_dict)
+    tables = {kind: {f: torch.from_numpy(v) for f, v in table._asdict().items()} for kind, table in tables.items()}
+    data = arguments.get("data")
+    entry = {"stage": stage, "arguments": {k: v for k, v in arguments.items() if k != "data"}, "steps": steps,
+             "data": data.rstrip("/").split("/")[-1] if data else "dead leaves",
+             "parent": parent["fingerprint"] if parent else None}  # fmt: skip
+    checkpoint = {
+        "format": FORMAT, "version": VERSION, "stage": stage, "config": model.config, "state_dict": state_dict,
+        "tables": tables, "quantization": model.quantization,
+        "lineage": (parent["lineage"] if parent else []) + [entry], "metrics": metrics or {},
+        "fingerprint": fingerprint(model.config, model.quantization, state_dict, tables),
+    }  # fmt: skip
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    write_bytes(path, buffer.getvalue())
+    return checkpoint["fingerprint"]
+
+
+def load(path, stages=None):
+    """Model (eval mode, channels_last, float32) and meta: the dict above without state_dict, tables as
+    coder.Tables, and "bytes", the file's size.
+
+    stages: the stages that the caller can use; another is refused.
+    """
+    data = read_bytes(path)
+    try:
+        checkpoint = torch.load(io.BytesIO(data), weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, KeyError) as error:
+        raise LicError(f"{path} is not a lic checkpoint, or it is truncated") from error
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
+        raise LicError(f"{path} is not a lic checkpoint; give a file that train.py, prune.py or quantize.py wrote")
+    if checkpoint["version"] != VERSION:
+        raise LicError(f"{path} has checkpoint version {checkpoint['version']}; this program reads {VERSION}")
+    if stages and checkpoint["stage"] not in stages:
+        raise LicError(f"{path} is a checkpoint of stage {checkpoint['stage']!r}; this needs one of {', '.join(stages)}")
+    state_dict, tables = checkpoint.pop("state_dict"), checkpoint.pop("tables")
+    config, quantization = checkpoint["config"], checkpoint["quantization"]
+    if fingerprint(config, quantization, state_dict, tables) != checkpoint["fingerprint"]:
+        raise LicError(f"{path} is damaged: its tensors do not match its fingerprint")
+    model = Codec(config)
+    if quantization:
+        quantize_layers(model)
+        model.quantization = quantization
+        state_dict = unpack(state_dict)
+    model.load_state_dict(state_dict)
+    checkpoint["tables"] = {kind: Tables(*(np.ascontiguousarray(t[f].numpy()) for f in Tables._fields)) for kind, t in tables.items()}
+    checkpoint["bytes"] = len(data)
+    return model.to(memory_format=torch.channels_last).eval(), checkpoint

@@ -1,0 +1,104 @@
+"""The two entropy models: differentiable densities, nothing of bytes or tables.
+
+EntropyBottleneck   p(z) = prod_c p_c(z_c), each p_c a learned monotone cumulative
+                    (Ballé, Minnen, Singh, Hwang, Johnston, arXiv:1802.01436, app. 6.1)
+GaussianConditional p(y | mean, scale), a Gaussian convolved with a unit uniform
+                    (the same paper, section 3; with means: arXiv:1809.02736)
+
+Both give the probability of the integer bin around a value: P(v - 1/2 < V < v + 1/2).
+Training replaces rounding by uniform noise in the rate (`add_noise`) and rounds with
+a straight-through gradient what enters a synthesis network (`round_ste`).
+Left out: the median and its auxiliary loss. z is rounded around 0 and the density
+learns where its mass is; coder.py finds the support of a table by bisection.
+"""
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lic.gdn import lower_bound
+
+LIKELIHOOD_MIN = 1e-9  # one symbol never counts more than 30 bits in the loss
+SCALE_MIN, SCALE_MAX, SCALE_LEVELS = 0.11, 256.0, 64
+LOG_SCALE_MIN = math.log(SCALE_MIN)
+LOG_SCALE_STEP = (math.log(SCALE_MAX) - LOG_SCALE_MIN) / (SCALE_LEVELS - 1)
+
+
+def add_noise(y):
+    """y + u, u ~ U(-1/2, 1/2): the differentiable stand-in for rounding in the rate."""
+    return y + torch.rand_like(y) - 0.5
+
+
+def round_ste(y):
+    """Round half to even; the gradient passes as if nothing had happened."""
+    return y + (torch.round(y) - y).detach()
+
+
+def bits(likelihood):
+    """-log2 p summed over all axes but the first: (B, ...) -> (B,)."""
+    return -torch.log2(lower_bound(likelihood, LIKELIHOOD_MIN)).flatten(1).sum(1)
+
+
+class EntropyBottleneck(nn.Module):
+    """Factorized prior: one cumulative distribution function a channel.
+
+    logits = f_K(... f_1(v)), cdf = sigmoid(logits), with
+    f_k(v) = u + tanh(a_k) * tanh(u),  u = softplus(H_k) v + b_k      (no tanh in f_K)
+    which rises in v because softplus > 0 and |tanh(a_k)| < 1.
+    Every tensor's axis 0 is the channel. `spread` is the width that the density starts with.
+    """
+
+    def __init__(self, channels, hidden=(3, 3, 3), spread=10.0):
+        super().__init__()
+        sizes = (1, *hidden, 1)
+        gain = spread ** (-1 / (len(sizes) - 1))
+        self.H, self.b, self.a = nn.ParameterList(), nn.ParameterList(), nn.ParameterList()
+        for fan_in, fan_out in zip(sizes[:-1], sizes[1:]):
+            start = math.log(math.expm1(gain / fan_out))  # softplus(start) = gain / fan_out
+            self.H.append(torch.full((channels, fan_out, fan_in), start))
+            self.b.append(torch.empty(channels, fan_out, 1).uniform_(-0.5, 0.5))
+        for size in hidden:
+            self.a.append(torch.zeros(channels, size, 1))
+
+    def logits(self, v):
+        """Logit of the cumulative at v: (C, 1, N) -> (C, 1, N)."""
+        for k, (H, b) in enumerate(zip(self.H, self.b)):
+            v = F.softplus(H) @ v + b  # (C, fan_out, N)
+            if k < len(self.a):
+                v = v + torch.tanh(self.a[k]) * torch.tanh(v)
+        return v
+
+    def likelihood(self, z):
+        """P(z - 1/2 < Z < z + 1/2), (B, C, H, W) -> (B, C, H, W), in float32 or better."""
+        B, C, H, W = z.shape
+        with torch.autocast(z.device.type, enabled=False):  # bf16 cannot tell two close cdf values apart
+            v = z.permute(1, 0, 2, 3).reshape(C, 1, -1)  # (C, 1, B*H*W)
+            lower, upper = self.logits(v - 0.5), self.logits(v + 0.5)
+            # sigmoid saturates at 1: take the difference on the side where both values are small
+            sign = torch.where(lower + upper > 0, -1.0, 1.0)
+            p = (torch.sigmoid(sign * upper) - torch.sigmoid(sign * lower)).abs()
+        return p.reshape(C, B, H, W).permute(1, 0, 2, 3)
+
+
+class GaussianConditional(nn.Module):
+    """Gaussian with a mean and a scale an element; the scale comes as its logarithm.
+
+    The coder knows SCALE_LEVELS scales, log-spaced from SCALE_MIN to SCALE_MAX; `scale_index`
+    snaps to them. Training keeps the scale continuous.
+    """
+
+    @staticmethod
+    def likelihood(y, mean, log_scale):
+        """P(y - 1/2 < Y < y + 1/2), all of shape (B, M, h, w)."""
+        scale = torch.exp(lower_bound(log_scale, LOG_SCALE_MIN).clamp(max=math.log(SCALE_MAX)))
+        v = (y - mean).abs()  # the density is symmetric: stay in the tail where erfc is exact
+        factor = math.sqrt(0.5) / scale
+        return 0.5 * (torch.erfc((v - 0.5) * factor) - torch.erfc((v + 0.5) * factor))
+
+    @staticmethod
+    def scale_index(log_scale):
+        """Index of the table scale nearest in the logarithm: (...) -> (...) int64 in [0, 63]."""
+        index = torch.round((log_scale - LOG_SCALE_MIN) / LOG_SCALE_STEP)
+        return index.clamp(0, SCALE_LEVELS - 1).long()

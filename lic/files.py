@@ -1,0 +1,65 @@
+"""The border to the file system: errors as one sentence, files whole or not at all."""
+
+import os
+import sys
+from pathlib import Path
+
+
+class LicError(Exception):
+    """What was wrong and what to do, in one sentence; `status` is the process's exit status."""
+
+    status = 2
+
+
+class BadStream(LicError):
+    """A compressed file that cannot be decoded as it is: foreign, damaged, of another model."""
+
+    status = 1
+
+
+def run(main):
+    """Call main(); print a LicError as a sentence instead of a traceback and exit with its status."""
+    try:
+        main()
+    except LicError as error:
+        sys.stdout.flush()
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.status)
+
+
+def check_writable(path):
+    """Make the folder of `path` and try it, so that hours of work do not end in a refusal."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe = path.parent / f".{path.name}.{os.getpid()}.tmp"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise LicError(f"cannot write to {path.parent}: {error.strerror}; choose another output") from error
+    if path.is_dir():
+        raise LicError(f"{path} is a folder; give the name of a file to write")
+
+
+def read_bytes(path):
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise LicError(f"cannot read {path}: {error.strerror}") from error
+
+
+def write_bytes(path, data):
+    """Write to a temporary name, then rename: a reader sees the old file or the new one, never half."""
+    path = Path(path)
+    check_writable(path)
+    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise LicError(f"cannot write {path}: {error.strerror}") from error
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,89 @@
+"""The search: how many channels each of the twelve groups may keep.
+
+J = R + lmbda * 255^2 * MSE with real rounding, on calibration crops. Following the paper's Fig. 1:
+
+1. zeta_g(w): relative rise of J, averaged over the levels, when only group g is narrowed to w.
+2. Given alpha, every group keeps the smallest w with zeta_g(w) <= alpha.
+3. Adaptive search: bisection on log(alpha) until |S - S_target| <= delta, S the share of the
+   parameters (or multiply-accumulates) that is removed.
+
+Single-group sensitivities ignore how groups interact; the control is `uniform_widths`, one
+ratio for all groups.
+"""
+
+import math
+
+from lic.metrics import kmac_per_pixel, parameters
+from lic.pruning import GROUPS, most_important, narrow
+from lic.training import mean_loss
+
+MULTIPLE = 8  # widths that vector units like; odd ones can be slower than what they replace
+RATIOS = [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]
+
+
+def round_width(width):
+    return max(MULTIPLE, MULTIPLE * round(width / MULTIPLE))
+
+
+def sparsity(config, widths):
+    """Share removed by narrowing config to widths: {"params": S, "macs": S}."""
+    narrowed = {**config, "widths": widths}
+    return {
+        "params": 1 - parameters(narrowed) / parameters(config),
+        "macs": 1 - kmac_per_pixel(narrowed)["total"] / kmac_per_pixel(config)["total"],
+    }
+
+
+def sensitivities(model, scores, x, amp=False, report=print):
+    """zeta of each group and candidate width, measured one group at a time: {group: {width: zeta}}.
+
+    scores: from pruning.importance; x: calibration crops (B, 3, H, W), all coded at every level.
+    """
+    base = mean_loss(model, x, amp)
+    table = {}
+    for group in GROUPS:
+        full = model.config["widths"][group]
+        table[group] = {full: 0.0}
+        for width in sorted({round_width(r * full) for r in RATIOS} - {full}, reverse=True):
+            narrowed = narrow(model, {group: most_important(scores[group], width)})
+            table[group][width] = (mean_loss(narrowed, x, amp) / base - 1).mean().item()
+        report(f"{group:6}" + "".join(f"{w:5}:{100 * z:+8.2f}%" for w, z in table[group].items()))
+    return table
+
+
+def threshold_widths(table, alpha):
+    """Smallest width of each group with zeta <= alpha; the full width always qualifies (zeta = 0)."""
+    return {group: min(w for w, zeta in row.items() if zeta <= max(alpha, 0)) for group, row in table.items()}
+
+
+def _bisect(widths_of, low, high, config, target, of, delta):
+    """Knob t in [low, high] with a rising sparsity: the try nearest to target; stops within delta."""
+    best = None
+    for _ in range(50):
+        t = (low + high) / 2
+        widths = widths_of(t)
+        S = sparsity(config, widths)[of]
+        if best is None or abs(S - target) < abs(best[2] - target):
+            best = (t, widths, S)
+        if abs(S - target) <= delta:
+            break
+        low, high = (t, high) if S < target else (low, t)
+    return best
+
+
+def adaptive_search(table, config, target, of, delta):
+    """Alpha, widths and sparsity of the threshold plan nearest to the target sparsity."""
+    risen = [zeta for row in table.values() for zeta in row.values() if zeta > 0]
+    low, high = math.log(min(risen) / 2), math.log(max(risen) * 2)
+    t, widths, S = _bisect(lambda t: threshold_widths(table, math.exp(t)), low, high, config, target, of, delta)
+    return math.exp(t), widths, S
+
+
+def uniform_widths(config, target, of, delta):
+    """Ratio, widths and sparsity of the plan that narrows every group by the same ratio."""
+    full = config["widths"]
+    t, widths, S = _bisect(
+        lambda t: {group: min(width, round_width((1 - t) * width)) for group, width in full.items()},
+        0.0, 1.0, config, target, of, delta,
+    )  # fmt: skip
+    return 1 - t, widths, S

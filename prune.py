@@ -1,0 +1,74 @@
+"""Prune a trained codec to the widths that search.py chose, and fine-tune it.
+
+    python prune.py                                         after python search.py
+    python prune.py --checkpoint runs/small.pt --data photos/ --amp --steps 5000
+    python prune.py --control --out runs/control.pt ...     the same steps, nothing removed
+"""
+
+import argparse
+import json
+
+import torch
+
+from lic.bitstream import build_tables
+from lic.checkpoint import load, save
+from lic.files import LicError, check_writable, read_bytes, run
+from lic.images import fixed_crops, load_images
+from lic.metrics import kmac_per_pixel, parameters
+from lic.pruning import GROUPS, narrow
+from lic.training import add_training_arguments, fit, mean_loss
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", default="runs/base.pt", help="codec to prune (default: runs/base.pt)")
+    parser.add_argument("--plan", default="runs/plan.json", help="from search.py (default: runs/plan.json)")
+    parser.add_argument("--control", action="store_true", help="no plan, no cut: only the extra steps, to compare fairly")
+    add_training_arguments(parser, steps=500, lr=5e-4, out="runs/pruned.pt")
+    return parser.parse_args()
+
+
+def load_plan(path, meta):
+    """The plan, after checking that it was made for this checkpoint."""
+    try:
+        plan = json.loads(read_bytes(path))
+        complete = plan["format"] == "lic plan" and set(plan["keep"]) == set(GROUPS)
+    except (ValueError, KeyError, TypeError):
+        complete = False
+    if not complete:
+        raise LicError(f"{path} is not a plan that search.py wrote")
+    if plan["baseline"] != meta["fingerprint"]:
+        raise LicError(f"{path} was made for checkpoint {plan['baseline'][:16]}, this one is {meta['fingerprint'][:16]}; "
+                       f"run search.py on it")  # fmt: skip
+    return plan
+
+
+def main():
+    args = parse_args()
+    check_writable(args.out)
+    model, meta = load(args.checkpoint, stages=("train", "control", "prune"))
+    train, validation = load_images(args.data, args.crop)
+    held_out = fixed_crops(validation, 16, args.crop)
+    metrics = {"held_out_J_before": mean_loss(model, held_out).tolist()}
+
+    if not args.control:
+        plan = load_plan(args.plan, meta)
+        dense = model.config
+        model = narrow(model, {group: torch.tensor(kept) for group, kept in plan["keep"].items()})
+        metrics["held_out_J_cut"] = mean_loss(model, held_out).tolist()
+        metrics["plan"] = {k: plan[k] for k in ("method", "target", "of", "alpha", "ratio", "widths", "sparsity")}
+        print(f"parameters {parameters(dense):,} -> {parameters(model.config):,}, kMAC/pixel "
+              f"{kmac_per_pixel(dense)['total']:.2f} -> {kmac_per_pixel(model.config)['total']:.2f}")  # fmt: skip
+    fit(model, train, held_out, args)
+    metrics["held_out_J_tuned"] = mean_loss(model, held_out).tolist()
+
+    for name, J in metrics.items():
+        if name != "plan":
+            print(f"{name:20}", *(f"{v:.4f}" for v in J))
+    stage = "control" if args.control else "prune"
+    save(args.out, model, build_tables(model), stage, vars(args), args.steps, parent=meta, metrics=metrics)
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,48 @@
+"""Quantize a codec to 8-bit weights and activations.
+
+    python quantize.py                                      after python prune.py
+    python quantize.py --checkpoint runs/pruned.pt --data photos/ --steps 2000 --amp
+
+Weights: int8, one scale an output channel. Activations: 8 bits, calibrated on training crops.
+--steps of training with simulated quantization then adapt the weights; 0 skips them.
+"""
+
+import argparse
+
+from lic.bitstream import build_tables
+from lic.checkpoint import load, save
+from lic.files import check_writable, run
+from lic.images import fixed_crops, load_images
+from lic.quantization import input_scales, quantize_layers
+from lic.training import add_training_arguments, fit, mean_loss
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", default="runs/pruned.pt", help="float codec (default: runs/pruned.pt)")
+    add_training_arguments(parser, steps=200, lr=1e-4, out="runs/quantized.pt")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    check_writable(args.out)
+    model, meta = load(args.checkpoint, stages=("train", "control", "prune"))
+    train, validation = load_images(args.data, args.crop)
+    held_out = fixed_crops(validation, 16, args.crop)
+    metrics = {"held_out_J_float": mean_loss(model, held_out).tolist()}
+
+    quantize_layers(model, input_scales(model, fixed_crops(train, 16, args.crop)))
+    metrics["held_out_J_calibrated"] = mean_loss(model, held_out).tolist()
+    if args.steps:
+        fit(model, train, held_out, args)
+        metrics["held_out_J_tuned"] = mean_loss(model, held_out).tolist()
+
+    for name, J in metrics.items():
+        print(f"{name:22}", *(f"{v:.4f}" for v in J))
+    save(args.out, model, build_tables(model), "quantize", vars(args), args.steps, parent=meta, metrics=metrics)
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,47 @@
+"""Train a dense codec: one model for all rate levels.
+
+    python train.py                                         synthetic images, about a minute
+    python train.py --preset small --data photos/ --amp --steps 40000 --out runs/small.pt
+"""
+
+import argparse
+
+import torch
+
+from lic.bitstream import build_tables
+from lic.checkpoint import save
+from lic.files import LicError, check_writable, run
+from lic.images import fixed_crops, load_images
+from lic.models import PRESETS, Codec, preset_config
+from lic.training import add_training_arguments, fit, mean_loss
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=PRESETS, default="tiny", help="widths and lambdas (default: tiny)")
+    parser.add_argument("--lambdas", type=float, nargs="+", help="one a rate level, rising (default: the preset's)")
+    add_training_arguments(parser, steps=1000, lr=1e-3, out="runs/base.pt")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    if args.lambdas and sorted(set(args.lambdas)) != args.lambdas or args.lambdas and args.lambdas[0] <= 0:
+        raise LicError(f"--lambdas {args.lambdas}: give positive numbers in rising order")
+    check_writable(args.out)
+    train, validation = load_images(args.data, args.crop)
+    held_out = fixed_crops(validation, 16, args.crop)
+
+    torch.manual_seed(args.seed)
+    model = Codec(preset_config(args.preset, args.lambdas))
+    print(f"{args.preset}: {sum(p.numel() for p in model.parameters()):,} parameters, "
+          f"{len(train)} training images, {args.steps} steps of {args.batch} crops of {args.crop}x{args.crop}")  # fmt: skip
+    fit(model, train, held_out, args)
+
+    metrics = {"held_out_J": mean_loss(model, held_out).tolist()}
+    save(args.out, model, build_tables(model), "train", vars(args), args.steps, metrics=metrics)
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    run(main)
