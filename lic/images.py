@@ -78,6 +78,8 @@ def load_images(data, crop):
 
     data: a folder, or None for 24 synthetic images. Every image must hold a crop x crop square.
     """
+    if crop % 64 or crop <= 0:
+        raise LicError(f"--crop {crop}: give a multiple of 64, the codec's total stride")
     if data is None:
         images = [dead_leaves(seed) for seed in range(24)]
         names = [f"synthetic image {seed}" for seed in range(24)]

@@ -114,12 +114,13 @@ class Codec(nn.Module):
         """x (B, 3, H, W), level (B,) -> Output. The rate counts noisy latents in training mode
         (differentiable) and rounded ones in eval mode (what a file costs)."""
         gain, inverse_gain = self.gains(level)
-        y = self.g_a(x - 0.5).float() * gain  # (B, M, H/16, W/16)
-        z = self.h_a(y).float()  # (B, Z, H/64, W/64)
+        # under autocast the networks return bf16; the rest stays in x's precision
+        y = self.g_a(x - 0.5).to(x.dtype) * gain  # (B, M, H/16, W/16)
+        z = self.h_a(y).to(x.dtype)  # (B, Z, H/64, W/64)
         z_hat = round_ste(z)
-        mean, log_scale = self.h_s(z_hat).float().chunk(2, 1)  # 2 of (B, M, H/16, W/16)
+        mean, log_scale = self.h_s(z_hat).to(x.dtype).chunk(2, 1)  # 2 of (B, M, H/16, W/16)
         y_hat = round_ste(y - mean) + mean
-        x_hat = self.g_s(y_hat * inverse_gain).float() + 0.5
+        x_hat = self.g_s(y_hat * inverse_gain).to(x.dtype) + 0.5
 
         y_coded, z_coded = (add_noise(y), add_noise(z)) if self.training else (y_hat, z_hat)
         y_bits = bits(self.prior_y.likelihood(y_coded, mean, log_scale))

@@ -4,8 +4,8 @@ J = R + lmbda * 255^2 * MSE with real rounding, on calibration crops. Following 
 
 1. zeta_g(w): relative rise of J, averaged over the levels, when only group g is narrowed to w.
 2. Given alpha, every group keeps the smallest w with zeta_g(w) <= alpha.
-3. Adaptive search: bisection on log(alpha) until |S - S_target| <= delta, S the share of the
-   parameters (or multiply-accumulates) that is removed.
+3. Adaptive search: bisection over the values that alpha can usefully take until
+   |S - S_target| <= delta, S the share of the parameters (or multiply-accumulates) removed.
 
 Single-group sensitivities ignore how groups interact; the control is `uniform_widths`, one
 ratio for all groups.
@@ -22,6 +22,7 @@ RATIOS = [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]
 
 
 def round_width(width):
+    """The nearest multiple that is not 0."""
     return max(MULTIPLE, MULTIPLE * round(width / MULTIPLE))
 
 
@@ -44,7 +45,7 @@ def sensitivities(model, scores, x, amp=False, report=print):
     for group in GROUPS:
         full = model.config["widths"][group]
         table[group] = {full: 0.0}
-        for width in sorted({round_width(r * full) for r in RATIOS} - {full}, reverse=True):
+        for width in sorted({w for w in map(round_width, [r * full for r in RATIOS]) if w < full}, reverse=True):
             narrowed = narrow(model, {group: most_important(scores[group], width)})
             table[group][width] = (mean_loss(narrowed, x, amp) / base - 1).mean().item()
         report(f"{group:6}" + "".join(f"{w:5}:{100 * z:+8.2f}%" for w, z in table[group].items()))
@@ -52,8 +53,11 @@ def sensitivities(model, scores, x, amp=False, report=print):
 
 
 def threshold_widths(table, alpha):
-    """Smallest width of each group with zeta <= alpha; the full width always qualifies (zeta = 0)."""
-    return {group: min(w for w, zeta in row.items() if zeta <= max(alpha, 0)) for group, row in table.items()}
+    """Smallest width of each group with zeta <= alpha, or its full width if there is none.
+
+    A negative alpha keeps all but the channels that are better gone.
+    """
+    return {group: min((w for w, zeta in row.items() if zeta <= alpha), default=max(row)) for group, row in table.items()}
 
 
 def _bisect(widths_of, low, high, config, target, of, delta):
@@ -73,17 +77,28 @@ def _bisect(widths_of, low, high, config, target, of, delta):
 
 def adaptive_search(table, config, target, of, delta):
     """Alpha, widths and sparsity of the threshold plan nearest to the target sparsity."""
-    risen = [zeta for row in table.values() for zeta in row.values() if zeta > 0]
-    low, high = math.log(min(risen) / 2), math.log(max(risen) * 2)
-    t, widths, S = _bisect(lambda t: threshold_widths(table, math.exp(t)), low, high, config, target, of, delta)
-    return math.exp(t), widths, S
+    alphas = sorted({zeta for row in table.values() for zeta in row.values()})  # S changes nowhere else
+
+    def widths_of(t):
+        return threshold_widths(table, alphas[int(t)])
+
+    t, widths, S = _bisect(widths_of, 0, len(alphas) - 1e-9, config, target, of, delta)
+    return alphas[int(t)], widths, S
 
 
 def uniform_widths(config, target, of, delta):
-    """Ratio, widths and sparsity of the plan that narrows every group by the same ratio."""
-    full = config["widths"]
-    t, widths, S = _bisect(
-        lambda t: {group: min(width, round_width((1 - t) * width)) for group, width in full.items()},
-        0.0, 1.0, config, target, of, delta,
-    )  # fmt: skip
+    """Ratio, widths and sparsity of the plan that narrows every group by the same ratio.
+
+    Groups round at staggered points: if all rounded to the nearest multiple, equally wide groups
+    would jump together and the plans would leave gaps of a tenth in S.
+    """
+
+    def widths_of(t):
+        widths = {}
+        for i, (group, full) in enumerate(config["widths"].items()):
+            narrowed = MULTIPLE * math.floor((1 - t) * full / MULTIPLE + (i + 0.5) / len(GROUPS))
+            widths[group] = min(full, max(MULTIPLE, narrowed))
+        return widths
+
+    t, widths, S = _bisect(widths_of, 0.0, 1.0, config, target, of, delta)
     return 1 - t, widths, S

@@ -63,7 +63,7 @@ def narrow(model, keep):
         for name, axis, kept in cuts(model, group, indices):
             state[name] = state[name].index_select(axis, kept)  # copies: a view would save its whole storage
     widths = {**model.config["widths"], **{group: len(indices) for group, indices in keep.items()}}
-    narrowed = Codec({**model.config, "widths": widths})
+    narrowed = Codec({**model.config, "widths": widths}).to(model.log_gain.dtype)
     narrowed.load_state_dict(state)
     return narrowed.to(memory_format=torch.channels_last)
 

@@ -1,0 +1,32 @@
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+
+from helpers import lively_codec  # noqa: E402
+
+from lic.bitstream import ImageCoder, build_tables  # noqa: E402
+from lic.images import dead_leaves  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def model():
+    return lively_codec()
+
+
+@pytest.fixture(scope="session")
+def image_coder(model):
+    return ImageCoder(model, build_tables(model), fingerprint="00112233445566778899")
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """A folder of four synthetic 64x64 PNG images, one of them in a subfolder."""
+    folder = tmp_path_factory.mktemp("photos")
+    (folder / "sub").mkdir()
+    for seed in range(4):
+        Image.fromarray(dead_leaves(seed, 64)).save(folder / ("sub" if seed == 3 else ".") / f"{seed}.png")
+    return folder

@@ -1,0 +1,180 @@
+"""Tables, the coder and the file format."""
+
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from helpers import lively_codec, photo_like
+
+from lic import coder
+from lic.bitstream import HEADER, ImageCoder, build_tables, read_header
+from lic.entropy import LOG_SCALE_MIN, LOG_SCALE_STEP
+from lic.files import BadStream, LicError
+
+
+def some_image(height, width):
+    rng = np.random.default_rng([height, width])
+    return rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def photo():
+    return (photo_like()[0].permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
+
+
+def test_table_counts_are_positive_and_sum_to_2_to_24(image_coder):
+    for tables in image_coder.tables.values():
+        ends = np.cumsum(tables.sizes)
+        assert (tables.counts > 0).all()
+        assert all(row.sum() == 2**24 for row in np.split(tables.counts, ends[:-1]))
+    assert len(image_coder.tables["y"].sizes) == 64
+
+
+def test_tables_are_the_densities_they_were_built_from(model, image_coder):
+    scale = np.exp(LOG_SCALE_MIN + LOG_SCALE_STEP * 30)
+    tables = image_coder.tables["y"]
+    start = tables.sizes[:30].sum()
+    values = tables.offsets[30] + np.arange(tables.sizes[30] - 1)
+    y = torch.from_numpy(values).double()
+    p = model.prior_y.likelihood(y, torch.zeros_like(y), torch.full_like(y, np.log(scale))).numpy()
+    np.testing.assert_allclose(tables.counts[start : start + len(values)] / 2**24, p, atol=2e-6)
+    assert 1 - p.sum() < 2.1 * coder.TAIL
+
+
+TOY = coder.Tables(
+    counts=np.array([2**23, 2**22, 2**21, 2**21, 2**24 - 2, 1, 1], np.int32),
+    sizes=np.array([4, 3], np.int32), offsets=np.array([-1, 5], np.int32),
+)  # fmt: skip
+
+GOLDEN_WORDS = ["0x47000000", "0x4"]
+
+
+def test_golden_words():
+    symbols = np.array([-1, 5, 0, 1, -1, 6, 0, -1], np.int32)
+    index = np.array([0, 1, 0, 0, 0, 1, 0, 0], np.uint8)
+    words, escapes = coder.encode(symbols, index, TOY)
+    assert [hex(w) for w in words] == GOLDEN_WORDS and len(escapes) == 0
+    assert np.array_equal(coder.decode(words, escapes, index, TOY), symbols)
+
+
+def test_words_are_those_of_a_plain_ans_decoder_over_our_integer_counts():
+    """The stream needs no constriction to read: a 64-bit state, 32-bit words, 24-bit counts."""
+    rng = np.random.default_rng(0)
+    symbols, index = rng.integers(-1, 2, 500).astype(np.int32), np.zeros(500, np.uint8)
+    words, _ = coder.encode(symbols, index, TOY)
+    stack = [int(w) for w in words]
+    state = (stack.pop() << 32) | stack.pop()
+    cumulative = [0, 2**23, 2**23 + 2**22, 2**23 + 2**22 + 2**21, 2**24]
+    decoded = []
+    for _ in symbols:
+        slot = state % 2**24
+        entry = max(k for k in range(4) if cumulative[k] <= slot)
+        decoded.append(entry - 1)
+        state = (state >> 24) * (cumulative[entry + 1] - cumulative[entry]) + slot - cumulative[entry]
+        if state < 2**32 and stack:
+            state = (state << 32) | stack.pop()
+    assert decoded == symbols.tolist()
+
+
+def test_far_outliers_are_escaped_not_clipped():
+    symbols = np.array([-(2**30), 0, 2**30, 7, -1, 1, 4, 5], np.int32)
+    index = np.array([0, 0, 0, 1, 0, 0, 1, 1], np.uint8)
+    words, escapes = coder.encode(symbols, index, TOY)
+    assert escapes.tolist() == [-(2**30), 2**30, 7, 4]
+    assert np.array_equal(coder.decode(words, escapes, index, TOY), symbols)
+
+
+def test_coded_size_is_within_one_percent_of_ideal(image_coder):
+    rng = np.random.default_rng(0)
+    index = rng.integers(0, 40, 100_000).astype(np.uint8)
+    scale = np.exp(LOG_SCALE_MIN + LOG_SCALE_STEP * index)
+    symbols = np.rint(rng.normal(size=100_000) * scale).astype(np.int32)
+    words, escapes = coder.encode(symbols, index, image_coder.tables["y"])
+    y = torch.from_numpy(symbols).double()
+    p = image_coder.model.prior_y.likelihood(y, torch.zeros_like(y), torch.from_numpy(np.log(scale)))
+    ideal = -torch.log2(p).sum().item()
+    assert ideal * 0.999 < 32 * (len(words) + len(escapes)) < ideal * 1.01
+
+
+@pytest.mark.parametrize("height, width", [(1, 1), (3, 5), (63, 65), (64, 64), (200, 130)])
+@pytest.mark.parametrize("quality", [0, 1.5, 3])
+def test_any_size_comes_back_in_its_size(image_coder, height, width, quality):
+    data = image_coder.compress(some_image(height, width), quality)
+    decoded = image_coder.decompress(data)
+    assert decoded.shape == (height, width, 3) and decoded.dtype == np.uint8
+
+
+def test_decoded_image_is_the_models_x_hat_and_the_file_is_as_long_as_its_bits(model, image_coder):
+    data = image_coder.compress(photo(), 2)
+    decoded = image_coder.decompress(data)
+    with torch.inference_mode():
+        out = model(torch.from_numpy(photo()).permute(2, 0, 1)[None] / 255, torch.tensor([2.0]))
+    x_hat = (out.x_hat.clamp(0, 1) * 255).round()[0].permute(1, 2, 0).numpy()
+    assert np.abs(decoded - x_hat).max() <= 1
+    ideal = (out.y_bits + out.z_bits).item()
+    assert abs(8 * (len(data) - HEADER.size) - ideal) < 0.02 * ideal + 128
+
+
+def test_escapes_survive_the_file():
+    """A model whose latents are thousands times wider than its tables still round-trips."""
+    model = lively_codec()
+    with torch.no_grad():
+        model.h_s.conv3.weight.zero_()
+        model.h_s.conv3.bias.zero_()
+        model.log_gain.add_(5.0)
+        model.log_inverse_gain.sub_(5.0)
+        expected = model(photo_like(), torch.tensor([1.0])).x_hat
+    image_coder = ImageCoder(model, build_tables(model), "0" * 16)
+    data = image_coder.compress(photo(), 1)
+    assert read_header(data)["lengths"][3] > 100
+    expected = (expected.clamp(0, 1) * 255)[0].permute(1, 2, 0).numpy()
+    assert np.abs(image_coder.decompress(data) - expected).mean() < 2  # photo() is photo_like() in 8 bits
+
+
+def test_every_flipped_byte_and_every_cut_is_refused(image_coder):
+    data = image_coder.compress(some_image(40, 40), 0)
+    for position in range(len(data)):
+        with pytest.raises(BadStream):
+            image_coder.decompress(data[:position])
+        damaged = bytearray(data)
+        damaged[position] ^= 1 << position % 8
+        with pytest.raises(BadStream):
+            image_coder.decompress(bytes(damaged))
+    with pytest.raises(BadStream):
+        image_coder.decompress(data + b"\0")
+
+
+def rewrite(data, offset, field, value):
+    """Change a header field and make the checksum right again."""
+    data = bytearray(data)
+    struct.pack_into(field, data, offset, value)
+    crc = zlib.crc32(data[HEADER.size :], zlib.crc32(data[: HEADER.size - 4]))
+    struct.pack_into("<I", data, HEADER.size - 4, crc)
+    return bytes(data)
+
+
+@pytest.mark.parametrize("offset, field, value, sentence", [
+    (4, "<B", 2, "version 2"), (5, "<H", 4 * 256, "quality 4"), (7, "<I", 2**31, "limit"), (7, "<I", 0, "0 pixels|x0"),
+    (15, "<8s", b"otherone", "made by model"), (39, "<I", 1, "symbols"),
+])  # fmt: skip
+def test_headers_that_lie_are_refused(image_coder, offset, field, value, sentence):
+    data = rewrite(image_coder.compress(some_image(40, 40), 0), offset, field, value)
+    with pytest.raises(BadStream, match=sentence):
+        image_coder.decompress(data)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e12])
+def test_latents_that_are_not_usable_integers_are_refused(value):
+    model = lively_codec()
+    image_coder = ImageCoder(model, build_tables(model), "0" * 16)
+    with torch.no_grad():
+        model.g_a.conv4.bias[3] = value
+    with pytest.raises(LicError, match="not finite or beyond"):
+        image_coder.compress(photo(), 0)
+
+
+@pytest.mark.parametrize("quality", [-0.1, 3.01, float("nan")])
+def test_unknown_quality_is_refused(image_coder, quality):
+    with pytest.raises(LicError, match="between 0 and 3"):
+        image_coder.compress(photo(), quality)

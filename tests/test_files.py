@@ -1,0 +1,168 @@
+"""The borders: images of every mode, checkpoints that are none, and one sentence for each error."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from helpers import lively_codec, run_script
+from PIL import Image
+
+from lic import files
+from lic.bitstream import build_tables
+from lic.checkpoint import load, save
+from lic.files import LicError, write_bytes
+from lic.images import dead_leaves, find_images, load_images, random_crops, read_image
+
+
+def save_image(path, array, **options):
+    Image.fromarray(array).save(path, **options)
+    return path
+
+
+def test_16_bit_grey_is_scaled_not_clipped(tmp_path):
+    grey = np.array([[0, 257 * 100], [257 * 200, 65535]], np.uint16)
+    assert read_image(save_image(tmp_path / "a.png", grey))[:, :, 1].tolist() == [[0, 100], [200, 255]]
+
+
+def test_alpha_is_composited_on_white_and_hides_its_colour(tmp_path):
+    rgba = np.zeros((2, 2, 4), np.uint8)
+    rgba[0] = [10, 20, 30, 255]
+    image = read_image(save_image(tmp_path / "a.png", rgba))
+    assert image[0, 0].tolist() == [10, 20, 30] and image[1, 0].tolist() == [255, 255, 255]
+
+
+def test_exif_rotation_is_applied(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    path = save_image(tmp_path / "a.jpg", np.zeros((8, 16, 3), np.uint8), exif=exif)
+    assert read_image(path).shape == (16, 8, 3)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "PA", "CMYK", "YCbCr"])
+def test_every_mode_becomes_rgb(tmp_path, mode):
+    path = tmp_path / "a.tif"
+    Image.fromarray(dead_leaves(0, 32)).convert("L" if mode == "LA" else "P" if mode == "PA" else "RGB").convert(mode).save(path)
+    image = read_image(path)
+    assert image.shape == (32, 32, 3) and image.dtype == np.uint8 and image.std() > 10
+
+
+@pytest.mark.parametrize("name, data", [("text.png", b"hello"), ("empty.jpg", b"")])
+def test_unreadable_image_is_named(tmp_path, name, data):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(LicError, match=name):
+        read_image(tmp_path / name)
+
+
+def test_truncated_image_is_named(tmp_path):
+    buffer = io.BytesIO()
+    Image.fromarray(dead_leaves(0, 64)).save(buffer, format="PNG")
+    (tmp_path / "cut.png").write_bytes(buffer.getvalue()[:-2000])
+    with pytest.raises(LicError, match="cut.png"):
+        read_image(tmp_path / "cut.png")
+
+
+def test_folders_are_searched_recursively_and_must_hold_images(tmp_path, photos):
+    assert [path.name for path in find_images(photos)] == ["0.png", "1.png", "2.png", "3.png"]
+    with pytest.raises(LicError, match="no images below"):
+        find_images(tmp_path)
+    with pytest.raises(LicError, match="not a folder"):
+        find_images(tmp_path / "missing")
+    with pytest.raises(LicError, match="64x64, smaller than the crop of 128"):
+        load_images(photos, 128)
+
+
+def test_crops_are_pieces_of_the_images_determined_by_the_generator():
+    images = [dead_leaves(seed, 64) for seed in range(2)]
+    a, b = (random_crops(images, 4, 32, np.random.default_rng(5)) for _ in range(2))
+    assert torch.equal(a, b) and a.shape == (4, 3, 32, 32) and a.is_contiguous(memory_format=torch.channels_last)
+    windows = np.lib.stride_tricks.sliding_window_view(np.stack(images), (32, 32), axis=(1, 2))  # (2, 33, 33, 3, 32, 32)
+    for crop in a:
+        crop = (crop * 255).round().to(torch.uint8).numpy()
+        assert any((windows == c).all((3, 4, 5)).any() for c in (crop, crop[:, :, ::-1]))
+
+
+def test_held_out_images_are_not_trained_on(photos):
+    train, validation = load_images(photos, 64)
+    assert len(train) == 3 and len(validation) == 1
+    assert not any(np.array_equal(validation[0], image) for image in train)
+
+
+@pytest.fixture()
+def checkpoint(tmp_path, model):
+    path = tmp_path / "a.pt"
+    save(path, model, build_tables(model), "train", {"data": "somewhere/photos/", "lr": 0.1}, 7)
+    return path
+
+
+def test_a_checkpoint_alone_rebuilds_its_codec(checkpoint, model):
+    loaded, meta = load(checkpoint)
+    for (name, a), b in zip(model.state_dict().items(), loaded.state_dict().values()):
+        assert torch.equal(a, b), name
+    assert meta["lineage"] == [{"stage": "train", "arguments": {"lr": 0.1}, "steps": 7, "data": "photos", "parent": None}]
+    assert all(np.array_equal(a, b) for a, b in zip(meta["tables"]["z"], build_tables(model)["z"]))
+
+
+def test_what_is_no_checkpoint_is_refused(checkpoint, tmp_path):
+    data = checkpoint.read_bytes()
+    bad = tmp_path / "bad.pt"
+    for content in (b"", b"hello", data[: len(data) // 2], data[:-1]):
+        bad.write_bytes(content)
+        with pytest.raises(LicError, match="bad.pt"):
+            load(bad)
+    torch.save({"weights": torch.zeros(3)}, bad)
+    with pytest.raises(LicError, match="not a lic checkpoint"):
+        load(bad)
+    with pytest.raises(LicError, match="cannot read"):
+        load(tmp_path / "missing.pt")
+    with pytest.raises(LicError, match="stage 'train'"):
+        load(checkpoint, stages=("quantize",))
+
+
+def test_a_flipped_bit_in_a_tensor_is_noticed(checkpoint, model):
+    data = bytearray(checkpoint.read_bytes())
+    weight = model.g_a.conv1.weight.detach().contiguous().numpy().tobytes()
+    data[data.find(weight[:64]) + 5] ^= 1
+    checkpoint.write_bytes(data)
+    with pytest.raises(LicError, match="damaged|truncated"):
+        load(checkpoint)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.bin"
+    write_bytes(path, b"old")
+
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full_disk)
+    with pytest.raises(LicError, match="No space left"):
+        write_bytes(path, b"new")
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("arguments, sentence", [
+    (["train.py", "--data", "{tmp}/missing"], "missing is not a folder"),
+    (["train.py", "--data", "{tmp}"], "no images below"),
+    (["train.py", "--data", "{photos}", "--crop", "128"], "0.png is 64x64, smaller than the crop of 128"),
+    (["train.py", "--lambdas", "0.1", "0.01"], "rising order"),
+    (["train.py", "--data", "{photos}", "--crop", "60"], "multiple of 64"),
+    (["train.py", "--data", "{photos}", "--crop", "64", "--out", "{photos}/0.png/x.pt"], "cannot write"),
+    (["train.py", "--data", "{photos}", "--crop", "64", "--out", "{tmp}/x.pt", "--resume"], "cannot read"),
+    (["search.py", "--checkpoint", "{photos}/0.png"], "not a lic checkpoint"),
+    (["search.py", "--target", "1.5"], "between 0 and 1"),
+    (["prune.py", "--checkpoint", "{tmp}/a.pt", "--plan", "{photos}/0.png", "--data", "{photos}", "--crop", "64", "--out",
+      "{tmp}/p.pt"], "not a plan"),
+    (["quantize.py", "--checkpoint", "{tmp}/missing.pt"], "cannot read"),
+    (["evaluate.py", "{tmp}/a.pt", "--data", "{tmp}/missing"], "missing is not a folder"),
+])  # fmt: skip
+def test_bad_input_is_one_sentence_and_status_2(arguments, sentence, tmp_path, photos, monkeypatch, capsys, model):
+    save(tmp_path / "a.pt", model, build_tables(model), "train", {}, 0)
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.chdir(tmp_path)
+    if not any("--out" in a for a in arguments) and arguments[0] != "evaluate.py":
+        arguments = [*arguments, "--out", "{tmp}/out"]
+    status = run_script(monkeypatch, *(a.format(tmp=tmp_path, photos=photos) for a in arguments))
+    error = capsys.readouterr().err
+    assert status == 2 and sentence in error and error.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before

@@ -1,0 +1,119 @@
+"""GDN, the entropy models and the codec's forward: closed forms and inequalities."""
+
+import math
+
+import pytest
+import torch
+from helpers import lively_codec, photo_like
+
+from lic.entropy import (
+    LOG_SCALE_MIN,
+    LOG_SCALE_STEP,
+    EntropyBottleneck,
+    GaussianConditional,
+    add_noise,
+    bits,
+    round_ste,
+)
+from lic.gdn import GDN, IGDN, lower_bound
+from lic.models import PRESETS, Codec, preset_config
+
+
+def test_gdn_at_initialisation_is_its_closed_form():
+    x = torch.randn(2, 5, 4, 3)
+    torch.testing.assert_close(GDN(5)(x), x / torch.sqrt(1 + 0.1 * x**2))
+    torch.testing.assert_close(IGDN(5)(x), x * torch.sqrt(1 + 0.1 * x**2))
+
+
+def test_gdn_mixes_channels_with_gamma_out_in():
+    gdn = GDN(2)
+    with torch.no_grad():
+        gdn.gamma.copy_(torch.tensor([[0.0, 1.0], [0.0, 0.0]]))  # channel 0 is normalised by channel 1
+    x = torch.tensor([3.0, 2.0]).view(1, 2, 1, 1)
+    torch.testing.assert_close(gdn(x).flatten(), torch.tensor([3 / math.sqrt(1 + 4), 2.0]))
+
+
+def test_gdn_stays_finite_when_its_parameters_are_driven_negative():
+    gdn = GDN(3)
+    with torch.no_grad():
+        gdn.beta.fill_(-5)
+        gdn.gamma.fill_(-5)
+    assert gdn(torch.randn(1, 3, 4, 4)).isfinite().all()
+
+
+def test_lower_bound_passes_only_gradients_that_climb_back():
+    x = torch.tensor([-1.0, -1.0, 2.0, 2.0], requires_grad=True)
+    (lower_bound(x, 0.0) * torch.tensor([1.0, -1.0, 1.0, -1.0])).sum().backward()
+    assert x.grad.tolist() == [0.0, -1.0, 1.0, -1.0]
+
+
+def test_prior_mass_sums_to_one_and_matches_the_cumulative():
+    torch.manual_seed(0)
+    prior = EntropyBottleneck(3).double()
+    with torch.no_grad():
+        for a in prior.a:
+            a.normal_()
+    z = torch.arange(-400.0, 401, dtype=torch.float64).expand(3, -1)
+    p = prior.likelihood(z[None, :, :, None])[0, :, :, 0]  # (3, 801)
+    assert (p > 0).all()
+    torch.testing.assert_close(p.sum(1), torch.ones(3, dtype=torch.float64), rtol=0, atol=1e-6)
+    cdf = torch.sigmoid(prior.logits(z[:, None] + 0.5)[:, 0])
+    torch.testing.assert_close(p.cumsum(1), cdf, rtol=0, atol=1e-6)
+
+
+def test_gaussian_mass_sums_to_one_is_symmetric_and_positive_far_out():
+    y = torch.arange(-50.0, 51)
+    p = GaussianConditional().likelihood(y, torch.full_like(y, 0.3), torch.full_like(y, math.log(4.0)))
+    assert p.sum().item() == pytest.approx(1, abs=1e-5)
+    zero = torch.zeros_like(y)
+    q = GaussianConditional().likelihood(y, zero, zero)
+    torch.testing.assert_close(q, q.flip(0))
+    assert bits(q[None]).isfinite().all()
+
+
+def test_scale_index_inverts_the_table_of_scales_and_saturates():
+    index = torch.arange(64)
+    assert torch.equal(GaussianConditional.scale_index(LOG_SCALE_MIN + LOG_SCALE_STEP * index), index)
+    assert GaussianConditional.scale_index(torch.tensor([-1e9, 1e9])).tolist() == [0, 63]
+
+
+def test_rounding_is_straight_through_and_noise_stays_in_half_a_step():
+    y = torch.linspace(-3, 3, 1001, requires_grad=True)
+    round_ste(y).sum().backward()
+    assert torch.equal(y.grad, torch.ones(1001)) and torch.equal(round_ste(y), torch.round(y))
+    noise = add_noise(y) - y
+    assert noise.abs().max() <= 0.5 and noise.std().item() == pytest.approx(1 / math.sqrt(12), rel=0.1)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_has_twelve_widths_and_rising_lambdas(preset):
+    config = preset_config(preset)
+    assert len(config["widths"]) == 12 and config["lambdas"] == sorted(config["lambdas"])
+
+
+def test_a_fractional_level_takes_the_geometric_mean_of_the_gains():
+    model = lively_codec()
+    low, high, middle = (model.gains(torch.tensor([level]))[0] for level in (1.0, 2.0, 1.5))
+    torch.testing.assert_close(middle, torch.sqrt(low * high))
+    torch.testing.assert_close(model.gains(torch.tensor([3.0]))[0].flatten(), model.log_gain[3].exp())
+
+
+def test_a_single_lambda_is_the_fixed_rate_model():
+    model = Codec({"widths": lively_codec().config["widths"], "lambdas": [0.01]})
+    assert torch.equal(model.gains(torch.zeros(2))[0], torch.ones(2, 12, 1, 1))
+
+
+def test_every_parameter_gets_a_gradient():
+    model = lively_codec().train()
+    out = model(photo_like(), torch.tensor([0.5]))
+    (out.x_hat.square().mean() + out.y_bits.sum() + out.z_bits.sum()).backward()
+    without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert without == []
+
+
+def test_lively_codec_spans_many_integers():
+    model = lively_codec()
+    with torch.no_grad():
+        y = model.g_a(photo_like() - 0.5)
+        z = model.h_a(y)
+    assert y.round().unique().numel() > 20 and z.round().unique().numel() > 8

@@ -1,0 +1,136 @@
+"""A pruned codec equals the dense one with those channels silenced, in x_hat and in bits."""
+
+import pytest
+import torch
+from helpers import WIDTHS, lively_codec, photo_like
+
+from lic import nas
+from lic.entropy import LOG_SCALE_MIN, bits
+from lic.metrics import kmac_per_pixel, layers, parameters
+from lic.models import Codec, preset_config
+from lic.pruning import GROUPS, channel_axes, importance, most_important, narrow
+
+
+def silenced(model, group, gone):
+    """The dense codec with the channels `gone` of a group made to contribute nothing."""
+    layer = model.get_submodule(GROUPS[group][0])
+    layer.weight.transpose(0, channel_axes(model, GROUPS[group][0])[0])[gone] = 0
+    layer.bias[gone] = 0
+    if group == "y":  # y is 0; its Gaussian must sit on 0 with the least scale, which costs nothing
+        M = model.config["widths"]["y"]
+        for rows, bias in ((gone, 0.0), (gone + M, LOG_SCALE_MIN)):
+            model.h_s.conv3.weight[rows] = 0
+            model.h_s.conv3.bias[rows] = bias
+    return model
+
+
+@pytest.mark.parametrize("groups", [[group] for group in GROUPS] + [list(GROUPS)], ids=lambda g: g[0] if len(g) == 1 else "all")
+def test_narrowed_equals_silenced(groups):
+    with torch.no_grad():
+        model = lively_codec().double()
+        generator = torch.Generator().manual_seed(3)
+        keep = {g: torch.randperm(WIDTHS[g], generator=generator)[: WIDTHS[g] // 2].sort().values for g in groups}
+        narrowed = narrow(model, keep).eval()
+        for group in groups:
+            gone = torch.tensor([c for c in range(WIDTHS[group]) if c not in keep[group]])
+            silenced(model, group, gone)
+        x, level = photo_like().double(), torch.tensor([1.3]).double()
+        dense, cut = model(x, level), narrowed(x, level)
+        z_bits = dense.z_bits
+        if "z" in groups:  # the silenced z still pays for its zeros
+            zeros = torch.zeros(1, WIDTHS["z"], 2, 3).double()
+            gone = [c for c in range(WIDTHS["z"]) if c not in keep["z"]]
+            z_bits = z_bits - bits(model.prior_z.likelihood(zeros)[:, gone])
+    assert all(narrowed.config["widths"][group] == WIDTHS[group] // 2 for group in groups)
+    torch.testing.assert_close(cut.x_hat, dense.x_hat, rtol=0, atol=2e-5)
+    torch.testing.assert_close(cut.y_bits, dense.y_bits, rtol=1e-4, atol=0)
+    torch.testing.assert_close(cut.z_bits, z_bits, rtol=1e-5, atol=0)
+
+
+def test_narrowing_to_all_channels_changes_nothing():
+    model = lively_codec()
+    same = narrow(model, {group: torch.arange(width) for group, width in WIDTHS.items()})
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), same.state_dict().values()))
+
+
+def test_every_tensor_is_in_the_group_table():
+    """Halving all groups halves every axis that is not RGB, a kernel or a rate level."""
+    narrowed = narrow(lively_codec(), {group: torch.arange(width // 2) for group, width in WIDTHS.items()})
+    fresh = Codec({"widths": {g: w // 2 for g, w in WIDTHS.items()}, "lambdas": narrowed.lambdas})
+    shapes = {name: t.shape for name, t in fresh.state_dict().items()}
+    assert {name: t.shape for name, t in narrowed.state_dict().items()} == shapes
+    for tensor in narrowed.state_dict().values():
+        assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+
+
+def test_importance_finds_dead_channels():
+    model = lively_codec()
+    with torch.no_grad():
+        for group in GROUPS:
+            silenced(model, group, torch.tensor([2, 5]))
+    scores = importance(model, photo_like())
+    for group in GROUPS:
+        assert scores[group].shape == (WIDTHS[group],)
+        assert (scores[group][[2, 5]] == 0).all() and scores[group].median() > 0, group
+    assert most_important(torch.tensor([3.0, 0.0, 5.0, 4.0]), 2).tolist() == [2, 3]
+
+
+def test_parameter_count_in_closed_form_is_the_models():
+    for config in (preset_config("small"), lively_codec().config):
+        assert parameters(config) == sum(p.numel() for p in Codec(config).parameters())
+
+
+def test_mac_count_is_what_the_layers_execute():
+    model, x = lively_codec(), photo_like()
+    executed = {}
+
+    def count(name):
+        def hook(layer, inputs, output):
+            positions = inputs[0] if isinstance(layer, torch.nn.ConvTranspose2d) else output
+            weight = getattr(layer, "weight", getattr(layer, "gamma", None))
+            executed[name] = weight.numel() * positions.shape[2] * positions.shape[3]
+
+        return model.get_submodule(name).register_forward_hook(hook)
+
+    hooks = [count(name) for name, *_ in layers(WIDTHS)]
+    model(x, torch.zeros(1))
+    for hook in hooks:
+        hook.remove()
+    total = sum(executed.values()) / (x.shape[2] * x.shape[3]) / 1000
+    assert kmac_per_pixel(model.config)["total"] == pytest.approx(total)
+
+
+CONFIG = preset_config("small")
+TABLE = {  # zeta rises twice as fast with each group
+    group: {w: 2.0**i * (width - w) / width for w in range(8, width + 1, 8)}
+    for i, (group, width) in enumerate(CONFIG["widths"].items())
+}
+
+
+def test_threshold_keeps_the_smallest_width_under_alpha():
+    widths = nas.threshold_widths(TABLE, 0.5)
+    for group, row in TABLE.items():
+        assert row[widths[group]] <= 0.5
+        assert all(zeta > 0.5 for w, zeta in row.items() if w < widths[group])
+    assert nas.threshold_widths(TABLE, 0.0) == CONFIG["widths"]
+
+
+@pytest.mark.parametrize("of", ["params", "macs"])
+@pytest.mark.parametrize("target", [0.2, 0.5, 0.75])
+def test_adaptive_search_and_uniform_reach_the_target(of, target):
+    _, widths, S = nas.adaptive_search(TABLE, CONFIG, target, of, 0.02)
+    assert abs(S - target) < 0.1 and S == nas.sparsity(CONFIG, widths)[of]
+    ratio, widths, S = nas.uniform_widths(CONFIG, target, of, 0.02)
+    assert abs(S - target) < 0.03
+    assert all(abs(w - ratio * CONFIG["widths"][g]) <= 8 for g, w in widths.items())
+
+
+def test_sensitivity_is_zero_where_nothing_reads_a_group_and_only_there():
+    model = lively_codec()
+    with torch.no_grad():
+        model.h_s.conv3.weight.zero_()  # nothing of h_s.2 is read
+    x = photo_like()
+    table = nas.sensitivities(model, importance(model, x), x, report=lambda line: None)
+    assert table["h_s.2"][8] == pytest.approx(0, abs=1e-4)
+    assert abs(table["g_s.3"][8]) > 0.01
+

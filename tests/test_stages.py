@@ -1,0 +1,180 @@
+"""The real scripts, tiny: in sequence by subprocess, killed and resumed, and each with bad input."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT, run_script
+from PIL import Image
+
+from lic.checkpoint import load
+from lic.images import read_image
+from lic.models import Codec, preset_config
+from lic.training import learning_rate, load_state
+
+TRAIN = ["--crop", "64", "--batch", "2"]
+
+
+def command(name, *arguments):
+    script = ["-m", "lic"] if name == "lic" else [str(ROOT / name)]
+    return [sys.executable, *script, *map(str, arguments)]
+
+
+def run_stage(name, *arguments, status=0):
+    done = subprocess.run(command(name, *arguments), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == status, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def pipeline(photos, tmp_path_factory):
+    """The five stages in sequence; returns their folder."""
+    out = tmp_path_factory.mktemp("runs")
+    data = ["--data", photos]
+    run_stage("train.py", *data, *TRAIN, "--steps", 20, "--out", out / "base.pt")
+    run_stage("search.py", *data, "--checkpoint", out / "base.pt", "--crop", 64, "--crops", 2, "--target", 0.4,
+              "--delta", 0.1, "--out", out / "plan.json")  # fmt: skip
+    run_stage("prune.py", *data, *TRAIN, "--checkpoint", out / "base.pt", "--plan", out / "plan.json", "--steps", 4,
+              "--out", out / "pruned.pt")  # fmt: skip
+    run_stage("quantize.py", *data, *TRAIN, "--checkpoint", out / "pruned.pt", "--steps", 4, "--out", out / "quantized.pt")
+    table = run_stage("evaluate.py", out / "base.pt", out / "pruned.pt", out / "quantized.pt", *data, "--json", out / "e.json")
+    (out / "table.txt").write_text(table)
+    return out
+
+
+def test_evaluation_has_every_figure_and_they_are_consistent(pipeline):
+    result = json.loads((pipeline / "e.json").read_text())
+    assert result["images"] == 4 and result["pixels"] == 4 * 64 * 64
+    assert [c["stage"] for c in result["checkpoints"]] == ["train", "prune", "quantize"]
+    dense, pruned, quantized = result["checkpoints"]
+    assert dense["parameters"] > pruned["parameters"] == quantized["parameters"]
+    assert dense["bytes"] > pruned["bytes"] > quantized["bytes"]
+    assert dense["kmac_per_pixel"]["decoder"] > pruned["kmac_per_pixel"]["decoder"]
+    for checkpoint in result["checkpoints"]:
+        assert len(checkpoint["levels"]) == 4
+        for row in checkpoint["levels"]:
+            header = 8 * 47 / 64**2
+            assert row["ideal_bpp"] < row["bpp"] < 1.05 * row["ideal_bpp"] + header + 0.1
+            assert 0 < row["ms_ssim"] < 1 and 5 < row["psnr"] < 40
+            assert row["encode_seconds"] > 0 and row["decode_seconds"] > 0
+    for rows in result["classical"].values():
+        assert [row["bpp"] for row in rows] == sorted(row["bpp"] for row in rows)
+    assert "BD-rate" in (pipeline / "table.txt").read_text()
+
+
+def test_lineage_tells_the_whole_story(pipeline):
+    _, meta = load(pipeline / "quantized.pt")
+    assert [entry["stage"] for entry in meta["lineage"]] == ["train", "prune", "quantize"]
+    assert meta["lineage"][1]["parent"] == load(pipeline / "base.pt")[1]["fingerprint"]
+    assert "J" in json.loads((pipeline / "plan.json").read_text())
+
+
+def test_plan_and_pruned_checkpoint_have_the_same_widths(pipeline):
+    plan = json.loads((pipeline / "plan.json").read_text())
+    model, _ = load(pipeline / "pruned.pt")
+    assert model.config["widths"] == plan["widths"]
+    assert abs(plan["sparsity"]["params"] - 0.4) <= 0.1
+
+
+def test_a_plan_for_another_checkpoint_is_refused(pipeline, photos):
+    error = run_stage("prune.py", "--checkpoint", pipeline / "pruned.pt", "--plan", pipeline / "plan.json",
+                      "--data", photos, *TRAIN, "--out", pipeline / "x.pt", status=2)  # fmt: skip
+    assert "was made for checkpoint" in error and not (pipeline / "x.pt").exists()
+
+
+def test_a_quantized_checkpoint_is_not_pruned_again(pipeline, photos, monkeypatch, capsys):
+    for script in ("search.py", "prune.py", "quantize.py"):
+        assert run_script(monkeypatch, script, "--checkpoint", pipeline / "quantized.pt", "--out", pipeline / "x") == 2
+        assert "stage 'quantize'" in capsys.readouterr().err
+
+
+def test_a_target_that_no_plan_reaches_is_refused(pipeline, photos, monkeypatch, capsys):
+    status = run_script(monkeypatch, "search.py", "--checkpoint", pipeline / "base.pt", "--data", photos, "--crop", 64,
+                        "--method", "uniform", "--target", 0.99, "--out", pipeline / "no.json")  # fmt: skip
+    assert status == 2 and "no plan removes 99%" in capsys.readouterr().err
+    assert not (pipeline / "no.json").exists()
+
+
+def test_plot_without_matplotlib_is_a_sentence(pipeline, photos, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    status = run_script(monkeypatch, "evaluate.py", pipeline / "base.pt", "--data", photos, "--plot", pipeline / "p.png")
+    assert status == 2 and "needs matplotlib" in capsys.readouterr().err
+
+
+def test_command_line_there_and_back(pipeline, photos):
+    stream, image = pipeline / "photo.lic", pipeline / "photo.png"
+    checkpoint = ["--checkpoint", pipeline / "quantized.pt"]
+    run_stage("lic", "compress", photos / "0.png", stream, *checkpoint, "--quality", 2.5)
+    assert "64x64 pixels, quality 2.5" in run_stage("lic", "info", stream)
+    run_stage("lic", "decompress", stream, image, *checkpoint)
+    assert Image.open(image).size == (64, 64) and read_image(image).std() > 1
+    image.unlink()
+    error = run_stage("lic", "decompress", stream, image, "--checkpoint", pipeline / "base.pt", status=1)
+    assert "made by model" in error and error.count("\n") == 1 and not image.exists()
+    stream.write_bytes(stream.read_bytes()[:-1])
+    error = run_stage("lic", "decompress", stream, image, *checkpoint, status=1)
+    assert str(stream) in error and error.count("\n") == 1 and not image.exists()
+    error = run_stage("lic", "compress", photos / "0.png", stream, *checkpoint, "--quality", 4, status=2)
+    assert "between 0 and 3" in error
+
+
+def states_of(path):
+    state = torch.load(path, weights_only=True)
+    tensors = {f"model.{k}": v for k, v in state["model"].items()}
+    for index, slots in state["optimizer"]["state"].items():
+        tensors |= {f"optimizer.{index}.{k}": v for k, v in slots.items()}
+    return state["step"], tensors
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_killed_and_resumed_equals_never_stopped_to_the_last_bit(tmp_path, photos, how):
+    arguments = ["--data", photos, *TRAIN, "--steps", 24, "--save-every", 4]
+    straight, broken = tmp_path / "straight.pt", tmp_path / "broken.pt"
+    run_stage("train.py", *arguments, "--out", straight)
+    with subprocess.Popen(command("train.py", *arguments, "--out", broken), cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        while "saved" not in process.stdout.readline():
+            pass
+        process.send_signal(how)
+        process.stdout.read()
+    step, _ = states_of(f"{broken}.state")
+    assert 0 < step < 24 and not broken.exists()
+    run_stage("train.py", *arguments, "--out", broken, "--resume")
+    (_, a), (_, b) = states_of(f"{straight}.state"), states_of(f"{broken}.state")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert load(straight)[1]["fingerprint"] == load(broken)[1]["fingerprint"]
+
+
+def test_resuming_with_other_settings_is_refused(tmp_path, photos, pipeline):
+    (tmp_path / "x.pt.state").write_bytes((pipeline / "base.pt.state").read_bytes())
+    error = run_stage("train.py", "--data", photos, *TRAIN, "--steps", 30, "--out", tmp_path / "x.pt", "--resume", status=2)
+    assert "with another steps" in error
+
+
+def test_a_state_that_is_a_checkpoint_is_refused(pipeline):
+    model = Codec(preset_config("tiny"))
+    with pytest.raises(Exception, match="holds no training state"):
+        load_state(pipeline / "base.pt", model, torch.optim.Adam(model.parameters()), {"steps": 1})
+
+
+def test_training_stops_with_a_sentence_when_the_loss_is_not_finite(tmp_path, photos):
+    error = run_stage("train.py", "--data", photos, *TRAIN, "--steps", 60, "--lr", "1e30", "--out", tmp_path / "x.pt", status=2)
+    assert "smaller --lr" in error and not (tmp_path / "x.pt").exists()
+
+
+def test_learning_rate_warms_up_peaks_once_and_ends_at_a_fiftieth():
+    rates = np.array([learning_rate(step, 1000, 1.0) for step in range(1001)])
+    assert rates[0] == pytest.approx(1 / 20) and rates.max() == 1 and rates[-1] == pytest.approx(0.02)
+    assert (np.diff(rates[:20]) > 0).all() and (np.diff(rates[20:]) < 0).all()
+
+
+@pytest.mark.parametrize("script", ["train.py", "search.py", "prune.py", "quantize.py", "evaluate.py"])
+def test_help_tells_every_default(script, monkeypatch, capsys):
+    assert run_script(monkeypatch, script, "--help") == 0
+    text = capsys.readouterr().out
+    options = [line for line in text.splitlines() if line.startswith("  --")]
+    assert len(options) >= 3 and text.count("default") >= len([o for o in options if "--data" in o])
