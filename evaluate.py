@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image, features
 
-from lic.bitstream import ImageCoder
+from lic.bitstream import ImageCoder, padded
 from lic.checkpoint import load
 from lic.files import LicError, check_writable, read_bytes, run, write_bytes
 from lic.images import dead_leaves, find_images, read_image
@@ -46,9 +46,7 @@ def parse_args():
 @torch.inference_mode()
 def ideal_bpp(model, image, level):
     """-log2 p of the rounded latents, with continuous scales, over the pixels of the unpadded image."""
-    x = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float() / 255
-    x = torch.nn.functional.pad(x, (0, -image.shape[1] % 64, 0, -image.shape[0] % 64), mode="replicate")
-    out = model(x.contiguous(memory_format=torch.channels_last), torch.tensor([float(level)]))
+    out = model(padded(image), torch.tensor([float(level)]))
     return (out.y_bits + out.z_bits).item() / (image.shape[0] * image.shape[1])
 
 

@@ -16,7 +16,7 @@ from lic.checkpoint import load
 from lic.files import LicError, check_writable, run, write_bytes
 from lic.images import fixed_crops, load_images
 from lic.pruning import importance, most_important, narrow
-from lic.training import mean_loss
+from lic.training import mean_loss, positive
 
 
 def parse_args():
@@ -28,7 +28,7 @@ def parse_args():
     parser.add_argument("--delta", type=float, default=0.02, help="how near to the target is enough (default: 0.02)")
     parser.add_argument("--method", choices=("threshold", "uniform"), default="threshold",
                         help="threshold on sensitivities, or one ratio for all groups (default: threshold)")  # fmt: skip
-    parser.add_argument("--crops", type=int, default=16, help="calibration images (default: 16)")
+    parser.add_argument("--crops", type=positive, default=16, help="calibration images (default: 16)")
     parser.add_argument("--crop", type=int, default=256, help="their side in pixels, a multiple of 64 (default: 256)")
     parser.add_argument("--amp", action="store_true", help="bf16 autocast: faster with AVX-512 bf16")
     parser.add_argument("--out", default="runs/plan.json", help="plan to write (default: runs/plan.json)")

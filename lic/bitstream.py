@@ -51,6 +51,12 @@ def build_tables(model):
     return {"z": coder.build_tables(cdf_z, channels), "y": coder.build_tables(cdf_y, SCALE_LEVELS)}
 
 
+def padded(image):
+    """image (H, W, 3) uint8 -> x (1, 3, H', W') in [0, 1]: right and bottom edges repeated to multiples of 64."""
+    height, width = image.shape[:2]
+    return F.pad(to_tensor([image]), (0, -width % STRIDE, 0, -height % STRIDE), mode="replicate")
+
+
 def _integers(tensor, what):
     """Rounded latent as flat int32, in (channel, row, column) order; refuses what an integer cannot hold."""
     if not (tensor.isfinite().all() and tensor.abs().max() < MAX_SYMBOL):
@@ -86,8 +92,7 @@ class ImageCoder:
         quality = round(quality * 256)
         height, width = image.shape[:2]
         device = self.model.log_gain.device
-        x = to_tensor([image]).to(device)
-        x = F.pad(x, (0, -width % STRIDE, 0, -height % STRIDE), mode="replicate")
+        x = padded(image).to(device)
         gain, _ = self.model.gains(torch.tensor([quality / 256], device=device))
         y = self.model.g_a(x - 0.5) * gain  # (1, M, H/16, W/16)
         z = self.model.h_a(y).cpu()  # (1, Z, H/64, W/64)

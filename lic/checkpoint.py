@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import pickle
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -49,7 +50,7 @@ def save(path, model, tables, stage, arguments, steps, parent=None, metrics=None
     tables = {kind: {f: torch.from_numpy(v) for f, v in table._asdict().items()} for kind, table in tables.items()}
     data = arguments.get("data")
     entry = {"stage": stage, "arguments": {k: v for k, v in arguments.items() if k != "data"}, "steps": steps,
-             "data": data.rstrip("/").split("/")[-1] if data else "dead leaves",
+             "data": Path(data).name if data else "dead leaves",
              "parent": parent["fingerprint"] if parent else None}  # fmt: skip
     checkpoint = {
         "format": FORMAT, "version": VERSION, "stage": stage, "config": model.config, "state_dict": state_dict,

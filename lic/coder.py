@@ -60,11 +60,12 @@ def build_tables(cdf, count):
 def _runs(tables, table_index):
     """Order that sorts the symbols by table, and (start, end, escape entry, offset, model) of each run."""
     order = np.argsort(table_index, kind="stable")
-    used, lengths = np.unique(table_index, return_counts=True)
-    starts = np.concatenate([[0], np.cumsum(tables.sizes)])
+    lengths = np.bincount(table_index, minlength=len(tables.sizes))
     ends = np.cumsum(lengths)
+    starts = np.concatenate([[0], np.cumsum(tables.sizes)])
     runs = []
-    for t, end, length in zip(used, ends, lengths):
+    for t in np.flatnonzero(lengths):
+        end, length = ends[t], lengths[t]
         p = (tables.counts[starts[t] : starts[t + 1]] - 1).astype(np.float64)
         model = constriction.stream.model.Categorical(p, perfect=False, lazy=False)
         runs.append((end - length, end, tables.sizes[t] - 1, tables.offsets[t], model))

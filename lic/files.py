@@ -21,6 +21,8 @@ def run(main):
     """Call main(); print a LicError as a sentence instead of a traceback and exit with its status."""
     try:
         main()
+    except KeyboardInterrupt:
+        sys.exit(130)
     except LicError as error:
         sys.stdout.flush()
         print(f"error: {error}", file=sys.stderr)

@@ -29,17 +29,24 @@ class Interrupted(LicError):
     status = 130
 
 
+def positive(text):
+    """An argparse type: a whole number from 1 up."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
 def add_training_arguments(parser, steps, lr, out):
     """The options of a stage that trains; steps, lr and out are that stage's defaults."""
     parser.add_argument("--data", help="folder of images, searched recursively (default: synthetic images)")
     parser.add_argument("--steps", type=int, default=steps, help=f"training steps (default: {steps})")
-    parser.add_argument("--batch", type=int, default=8, help="crops a step (default: 8)")
+    parser.add_argument("--batch", type=positive, default=8, help="crops a step (default: 8)")
     parser.add_argument("--crop", type=int, default=128, help="side of a crop, pixels, a multiple of 64 (default: 128)")
     parser.add_argument("--lr", type=float, default=lr, help=f"peak learning rate (default: {lr})")
     parser.add_argument("--amp", action="store_true", help="bf16 autocast: faster with AVX-512 bf16 or on a GPU")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to train (default: cpu)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, crops and noise (default: 0)")
-    parser.add_argument("--save-every", type=int, default=1000, help="steps between saves (default: 1000)")
+    parser.add_argument("--save-every", type=positive, default=1000, help="steps between saves (default: 1000)")
     parser.add_argument("--out", default=out, help=f"checkpoint to write (default: {out})")
     parser.add_argument("--resume", action="store_true", help="go on from OUT.state, exactly as if never stopped")
 
@@ -92,6 +99,8 @@ def fit(model, train, held_out, args):
     Saves to OUT.state at intervals and on Ctrl-C or SIGTERM, then raises Interrupted; raises
     LicError at the first loss that is not finite.
     """
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise LicError("--device cuda: this torch sees no GPU; leave the option out")
     model.to(args.device, memory_format=torch.channels_last)
     held_out = held_out.to(args.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)

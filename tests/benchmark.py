@@ -1,0 +1,84 @@
+"""Times and memory of the parts, printed, not asserted: python tests/benchmark.py
+
+Widths are those of preset `base` (N=128, M=192) where an image is coded and of `small` where a
+step is trained; weights are random, latents are drawn so that every table is used.
+"""
+
+import resource
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from lic import coder  # noqa: E402
+from lic.bitstream import ImageCoder, build_tables  # noqa: E402
+from lic.entropy import LOG_SCALE_MIN, LOG_SCALE_STEP  # noqa: E402
+from lic.images import dead_leaves, random_crops  # noqa: E402
+from lic.models import Codec, preset_config  # noqa: E402
+from lic.training import rate_distortion  # noqa: E402
+
+
+def median_ms(function, runs):
+    function()
+    times = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        function()
+        times.append(1000 * (time.perf_counter() - start))
+    return np.median(times)
+
+
+def entropy_coding(tables):
+    rng = np.random.default_rng(0)
+    count = 192 * 32 * 48  # y of a 768x512 image
+    index = rng.normal(8, 12, count).clip(0, 63).astype(np.uint8)
+    symbols = np.rint(rng.normal(size=count) * np.exp(LOG_SCALE_MIN + LOG_SCALE_STEP * index)).astype(np.int32)
+    words, escapes = coder.encode(symbols, index, tables)
+    encode = median_ms(lambda: coder.encode(symbols, index, tables), 50)
+    decode = median_ms(lambda: coder.decode(words, escapes, index, tables), 50)
+    print(f"entropy coding of {count} symbols, {32 * len(words) / count:.2f} bits each: "
+          f"encode {encode:.1f} ms, decode {decode:.1f} ms")  # fmt: skip
+
+
+def training_step():
+    model = Codec(preset_config("small")).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
+    images = [dead_leaves(seed) for seed in range(4)]
+    rng = np.random.default_rng(0)
+
+    def step():
+        x = random_crops(images, 8, 128, rng)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = model(x, torch.zeros(8))
+        optimizer.zero_grad()
+        rate_distortion(out, x, 0.01)[0].mean().backward()
+        optimizer.step()
+
+    crops = median_ms(lambda: random_crops(images, 8, 128, rng), 20)
+    print(f"training step of small, 8 crops of 128x128, bf16: {median_ms(step, 20):.0f} ms, crops {crops:.1f} ms of it")
+
+
+def main():
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
+    torch.manual_seed(0)
+    model = Codec(preset_config("base")).to(memory_format=torch.channels_last)
+    tables = build_tables(model)
+    entropy_coding(tables["y"])
+    image_coder = ImageCoder(model, tables, "0" * 16)
+    image = np.random.default_rng(0).integers(0, 256, (512, 768, 3), dtype=np.uint8)
+    data = image_coder.compress(image, 2)
+    print(f"768x512, base widths, everything: compress {median_ms(lambda: image_coder.compress(image, 2), 5):.0f} ms, "
+          f"decompress {median_ms(lambda: image_coder.decompress(data), 5):.0f} ms")  # fmt: skip
+    training_step()
+    large = np.random.default_rng(0).integers(0, 256, (1600, 2560, 3), dtype=np.uint8)
+    image_coder.decompress(image_coder.compress(large, 2))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"2560x1600, base widths, compress and decompress: peak memory of the process {peak:.2f} GiB")
+
+
+if __name__ == "__main__":
+    main()
