@@ -20,7 +20,8 @@ import numpy as np
 from lic.files import BadStream
 
 PRECISION = 24  # bits; fixed by constriction's default ANS coder
-TAIL = 2.0**-20  # mass left to the escape on either side of a table's support
+TAIL = 2.0**-20  # mass that a distribution may have outside its table, on either side, before MARGIN
+MARGIN = 16  # entries added on either side: an outlier costs 24 bits there, an escape 20 and its 32 plain ones
 REACH = 2**14  # a support never reaches further from 0
 
 
@@ -44,6 +45,7 @@ def build_tables(cdf, count):
 
     first = smallest(lambda v: cdf(v[:, None] + 0.5)[:, 0] > TAIL)
     last = smallest(lambda v: cdf(v[:, None] + 0.5)[:, 0] >= 1 - TAIL)
+    first, last = first - MARGIN, last + MARGIN
     edges = np.arange(first.min(), last.max() + 2) - 0.5
     mass = np.diff(cdf(np.repeat(edges[None], count, axis=0)), axis=1)  # (count, widest support)
     rows = []

@@ -5,7 +5,7 @@ EntropyBottleneck   p(z) = prod_c p_c(z_c), each p_c a learned monotone cumulati
 GaussianConditional p(y | mean, scale), a Gaussian convolved with a unit uniform
                     (the same paper, section 3; with means: arXiv:1809.02736)
 
-Both give the probability of the integer bin around a value: P(v - 1/2 < V < v + 1/2).
+Both give the bits of the integer bin around a value: -log2 P(v - 1/2 < V < v + 1/2).
 Training replaces rounding by uniform noise in the rate (`add_noise`) and rounds with
 a straight-through gradient what enters a synthesis network (`round_ste`).
 Left out: the median and its auxiliary loss. z is rounded around 0 and the density
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from lic.gdn import lower_bound
 
-LIKELIHOOD_MIN = 1e-9  # one symbol never counts more than 30 bits in the loss
+MAX_BITS = 24.0  # what the coder charges a symbol at most: its least probability is 2^-24
 SCALE_MIN, SCALE_MAX, SCALE_LEVELS = 0.11, 256.0, 64
 LOG_SCALE_MIN = math.log(SCALE_MIN)
 LOG_SCALE_STEP = (math.log(SCALE_MAX) - LOG_SCALE_MIN) / (SCALE_LEVELS - 1)
@@ -36,9 +36,13 @@ def round_ste(y):
     return y + (torch.round(y) - y).detach()
 
 
-def bits(likelihood):
-    """-log2 p summed over all axes but the first: (B, ...) -> (B,)."""
-    return -torch.log2(lower_bound(likelihood, LIKELIHOOD_MIN)).flatten(1).sum(1)
+def soft_limit(bits):
+    """bits up to MAX_BITS, then MAX_BITS (1 + ln(bits / MAX_BITS)): smooth, any shape.
+
+    The file never pays more than MAX_BITS a symbol, but a flat limit would leave an outlier without a
+    gradient for the whole training, and without a limit one outlier would own the gradient.
+    """
+    return torch.where(bits > MAX_BITS, MAX_BITS * (1 + torch.log(bits.clamp(min=MAX_BITS) / MAX_BITS)), bits)
 
 
 class EntropyBottleneck(nn.Module):
@@ -81,6 +85,10 @@ class EntropyBottleneck(nn.Module):
             p = (torch.sigmoid(sign * upper) - torch.sigmoid(sign * lower)).abs()
         return p.reshape(C, B, H, W).permute(1, 0, 2, 3)
 
+    def bits(self, z):
+        """-log2 P, at most MAX_BITS, of each element: (B, C, H, W) -> (B, C, H, W)."""
+        return -torch.log2(lower_bound(self.likelihood(z), 2**-MAX_BITS))
+
 
 class GaussianConditional(nn.Module):
     """Gaussian with a mean and a scale an element; the scale comes as its logarithm.
@@ -90,12 +98,17 @@ class GaussianConditional(nn.Module):
     """
 
     @staticmethod
-    def likelihood(y, mean, log_scale):
-        """P(y - 1/2 < Y < y + 1/2), all of shape (B, M, h, w)."""
+    def bits(y, mean, log_scale):
+        """-log2 P(y - 1/2 < Y < y + 1/2) of each element, all of shape (B, M, h, w); not bounded.
+
+        In the logarithm: a difference of two cdf values is exactly 0 in float32 some ten scales from the
+        mean, and so is its gradient.
+        """
         scale = torch.exp(lower_bound(log_scale, LOG_SCALE_MIN).clamp(max=math.log(SCALE_MAX)))
-        v = (y - mean).abs()  # the density is symmetric: stay in the tail where erfc is exact
-        factor = math.sqrt(0.5) / scale
-        return 0.5 * (torch.erfc((v - 0.5) * factor) - torch.erfc((v + 0.5) * factor))
+        v = (y - mean).abs()  # the density is symmetric: both edges in or near the lower tail
+        upper = torch.special.log_ndtr((0.5 - v) / scale)
+        lower = torch.special.log_ndtr((-0.5 - v) / scale)
+        return (upper + torch.log(-torch.expm1(lower - upper))) * (-1 / math.log(2))
 
     @staticmethod
     def scale_index(log_scale):

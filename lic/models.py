@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from lic.entropy import EntropyBottleneck, GaussianConditional, add_noise, bits, round_ste
+from lic.entropy import MAX_BITS, EntropyBottleneck, GaussianConditional, add_noise, round_ste, soft_limit
 from lic.gdn import GDN, IGDN
 
 STRIDE = 64  # x is a multiple of 64 pixels on either side: y has 1/16, z 1/64 of the resolution
@@ -123,6 +123,6 @@ class Codec(nn.Module):
         x_hat = self.g_s(y_hat * inverse_gain).to(x.dtype) + 0.5
 
         y_coded, z_coded = (add_noise(y), add_noise(z)) if self.training else (y_hat, z_hat)
-        y_bits = bits(self.prior_y.likelihood(y_coded, mean, log_scale))
-        z_bits = bits(self.prior_z.likelihood(z_coded))
-        return Output(x_hat, y_bits, z_bits)
+        y_bits, z_bits = self.prior_y.bits(y_coded, mean, log_scale), self.prior_z.bits(z_coded)
+        y_bits = soft_limit(y_bits) if self.training else y_bits.clamp(max=MAX_BITS)
+        return Output(x_hat, y_bits.flatten(1).sum(1), z_bits.flatten(1).sum(1))

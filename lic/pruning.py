@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from lic.models import Codec
-from lic.training import level_weights, rate_distortion
 
 GROUPS = {
     # group    made by       normalised by  used by
@@ -68,30 +67,28 @@ def narrow(model, keep):
     return narrowed.to(memory_format=torch.channels_last)
 
 
+@torch.no_grad()
 def importance(model, x):
-    """First-order estimate of what J loses with a channel: {group: (width,)}, larger is worth more.
+    """What each channel tells the layer that reads it: its variance there, {group: (width,)}.
 
-    I_c = sum_levels (sum_{w in made-by row c} w dJ/dw)^2, over calibration images x (B, 3, H, W):
-    (Molchanov et al., "Importance estimation for neural network pruning", arXiv:1906.10771, eq. 8,
-    with the gate on a whole channel). The noise of training mode keeps the rate differentiable.
+    Over the images x (B, 3, H, W), summed over the levels, after GDN, ReLU or rounding. A channel that
+    hardly varies can go: a constant is a bias (Polyak and Wolf, "Channel-level acceleration of deep face
+    representations", IEEE Access 2015, prune by the same variance).
     """
-    model.train()
-    torch.manual_seed(0)
     scores = {group: 0 for group in GROUPS}
-    weights = level_weights(model.lambdas)
-    for level, lmbda in enumerate(model.lambdas):
+
+    def observe(group, reader):
+        def hook(layer, inputs):
+            scores[group] = scores[group] + inputs[0].var((0, 2, 3))
+
+        return model.get_submodule(reader).register_forward_pre_hook(hook)
+
+    hooks = [observe(group, used_by[0]) for group, (_, _, used_by) in GROUPS.items()]
+    for level in range(len(model.lambdas)):
         for batch in x.split(4):
-            out = model(batch, torch.full((len(batch),), float(level)))
-            J = rate_distortion(out, batch, torch.full((len(batch),), lmbda))[0]
-            model.zero_grad()
-            (weights[level] * J.mean()).backward()
-            for group, (layer, _, _) in GROUPS.items():
-                made_by = model.get_submodule(layer)
-                axis = channel_axes(model, layer)[0]
-                products = (made_by.weight * made_by.weight.grad).transpose(0, axis).flatten(1).sum(1)
-                scores[group] = scores[group] + (products + made_by.bias * made_by.bias.grad).detach() ** 2
-    model.zero_grad()
-    model.eval()
+            model(batch, torch.full((len(batch),), float(level)))
+    for hook in hooks:
+        hook.remove()
     return scores
 
 

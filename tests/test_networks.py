@@ -12,8 +12,8 @@ from lic.entropy import (
     EntropyBottleneck,
     GaussianConditional,
     add_noise,
-    bits,
     round_ste,
+    soft_limit,
 )
 from lic.gdn import GDN, IGDN, lower_bound
 from lic.models import PRESETS, Codec, preset_config
@@ -63,12 +63,34 @@ def test_prior_mass_sums_to_one_and_matches_the_cumulative():
 
 def test_gaussian_mass_sums_to_one_is_symmetric_and_positive_far_out():
     y = torch.arange(-50.0, 51)
-    p = GaussianConditional().likelihood(y, torch.full_like(y, 0.3), torch.full_like(y, math.log(4.0)))
+    p = torch.exp2(-GaussianConditional.bits(y, torch.full_like(y, 0.3), torch.full_like(y, math.log(4.0))))
     assert p.sum().item() == pytest.approx(1, abs=1e-5)
     zero = torch.zeros_like(y)
-    q = GaussianConditional().likelihood(y, zero, zero)
-    torch.testing.assert_close(q, q.flip(0))
-    assert bits(q[None]).isfinite().all()
+    bits = GaussianConditional.bits(y, zero, zero)
+    torch.testing.assert_close(bits, bits.flip(0))
+    assert bits.isfinite().all() and (bits.diff()[51:] > 0).all()
+
+
+def test_gaussian_bits_are_those_of_erfc_where_erfc_is_exact():
+    y, log_scale = torch.meshgrid(torch.arange(-4.0, 5).double(), torch.linspace(-2, 5, 50).double(), indexing="ij")
+    edge = lambda v: 0.5 * torch.erfc(v / log_scale.exp() * 0.5**0.5)  # noqa: E731
+    p = edge(y.abs() - 0.5) - edge(y.abs() + 0.5)
+    bits = GaussianConditional.bits(y, torch.zeros_like(y), log_scale)
+    torch.testing.assert_close(bits[p > 1e-300], -torch.log2(p[p > 1e-300]))
+
+
+def test_an_outlier_feels_a_gradient_that_does_not_explode():
+    log_scale = torch.full((3,), math.log(0.11), requires_grad=True)
+    y = torch.tensor([3.0, 20.0, 100.0], requires_grad=True)
+    bits = soft_limit(GaussianConditional.bits(y, torch.zeros(3), log_scale))
+    bits.sum().backward()
+    assert (bits.diff() > 0).all() and ((y.grad > 0.1) & (y.grad < 100)).all()
+    assert ((log_scale.grad < -20) & (log_scale.grad > -100)).all()
+
+
+def test_soft_limit_is_the_identity_below_its_limit():
+    bits = torch.linspace(0, 24, 99)
+    assert torch.equal(soft_limit(bits), bits)
 
 
 def test_scale_index_inverts_the_table_of_scales_and_saturates():

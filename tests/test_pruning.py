@@ -5,7 +5,7 @@ import torch
 from helpers import WIDTHS, lively_codec, photo_like
 
 from lic import nas
-from lic.entropy import LOG_SCALE_MIN, bits
+from lic.entropy import LOG_SCALE_MIN
 from lic.metrics import kmac_per_pixel, layers, parameters
 from lic.models import Codec, preset_config
 from lic.pruning import GROUPS, channel_axes, importance, most_important, narrow
@@ -40,7 +40,7 @@ def test_narrowed_equals_silenced(groups):
         if "z" in groups:  # the silenced z still pays for its zeros
             zeros = torch.zeros(1, WIDTHS["z"], 2, 3).double()
             gone = [c for c in range(WIDTHS["z"]) if c not in keep["z"]]
-            z_bits = z_bits - bits(model.prior_z.likelihood(zeros)[:, gone])
+            z_bits = z_bits - model.prior_z.bits(zeros)[:, gone].sum()
     assert all(narrowed.config["widths"][group] == WIDTHS[group] // 2 for group in groups)
     torch.testing.assert_close(cut.x_hat, dense.x_hat, rtol=0, atol=2e-5)
     torch.testing.assert_close(cut.y_bits, dense.y_bits, rtol=1e-4, atol=0)
@@ -71,7 +71,7 @@ def test_importance_finds_dead_channels():
     scores = importance(model, photo_like())
     for group in GROUPS:
         assert scores[group].shape == (WIDTHS[group],)
-        assert (scores[group][[2, 5]] == 0).all() and scores[group].median() > 0, group
+        assert (scores[group][[2, 5]] < 1e-12).all() and scores[group].median() > 1e-4, group
     assert most_important(torch.tensor([3.0, 0.0, 5.0, 4.0]), 2).tolist() == [2, 3]
 
 
