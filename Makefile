@@ -3,7 +3,7 @@ VENV := .venv/bin/python
 
 .PHONY: demo test
 
-# The five stages at tiny scale on synthetic images, then one file there and back.
+# The five stages at tiny scale on synthetic images.
 demo: .venv/installed
 	$(VENV) train.py
 	$(VENV) search.py

@@ -111,7 +111,7 @@ def show_bd_rate(name, anchor, test):
     return percent
 
 
-def plot(path, curves):
+def import_pyplot():
     try:
         import matplotlib
     except ImportError as error:
@@ -119,11 +119,26 @@ def plot(path, curves):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    return pyplot
+
+
+def load_published(path):
+    """{name: [(bpp, PSNR)]} of a file like docs/kodak_published.json."""
+    try:
+        curves = json.loads(read_bytes(path))["curves"]
+        return {f"{name} (published)": list(zip(curve["bpp"], curve["psnr"])) for name, curve in curves.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise LicError(f"{path} holds no curves like docs/kodak_published.json") from error
+
+
+def plot(path, pyplot, ours, others):
+    """ours, others: {name: [(bpp, PSNR)]}."""
     figure, axes = pyplot.subplots(figsize=(8, 5.5))
-    for name, curve in curves.items():
-        axes.plot(*zip(*curve), marker="o" if name.endswith(".pt") else None, markersize=4, label=name)
-    top = max(bpp for name, curve in curves.items() if name.endswith(".pt") for bpp, _ in curve)
-    axes.set(xlabel="bits per pixel (file)", ylabel="PSNR (dB)", xlim=(0, 1.15 * top))
+    for name, curve in ours.items():
+        axes.plot(*zip(*curve), marker="o", markersize=4, label=name)
+    for name, curve in others.items():
+        axes.plot(*zip(*curve), linewidth=1, linestyle="--", label=name)
+    axes.set(xlabel="bits per pixel (file)", ylabel="PSNR (dB)", xlim=(0, 1.15 * max(bpp for c in ours.values() for bpp, _ in c)))
     axes.grid(alpha=0.3)
     axes.legend()
     buffer = io.BytesIO()
@@ -135,6 +150,10 @@ def main():
     args = parse_args()
     for path in filter(None, (args.json, args.plot)):
         check_writable(path)
+    pyplot = import_pyplot() if args.plot else None
+    published = load_published(args.published) if args.published else {}
+    for path in args.checkpoints:
+        load(path)  # refuse a bad one before measuring the others
     images = [read_image(path) for path in find_images(args.data)] if args.data else [dead_leaves(s) for s in range(1000, 1004)]
     pixels = sum(image.shape[0] * image.shape[1] for image in images)
     print(f"{len(images)} images, {pixels} pixels, {torch.get_num_threads()} threads")
@@ -156,7 +175,6 @@ def main():
         print(f"\n{name}\n  quality     bpp   PSNR dB   MS-SSIM")
         for row in rows:
             print(f"  {row['quality']:<8} {row['bpp']:7.4f} {row['psnr']:9.3f} {row['ms_ssim']:9.4f}")
-    published = json.loads(read_bytes(args.published))["curves"] if args.published else {}
 
     print(f"\nPSNR BD-rate against {args.checkpoints[0]} (negative: smaller files at equal PSNR)")
     anchor = points(checkpoints[0]["levels"])
@@ -165,16 +183,14 @@ def main():
     for name, rows in classical.items():
         show_bd_rate(name, anchor, points(rows))
     for name, curve in published.items():
-        show_bd_rate(name + " (published)", anchor, list(zip(curve["bpp"], curve["psnr"])))
+        show_bd_rate(name, anchor, curve)
 
     if args.json:
         result = {"images": len(images), "pixels": pixels, "checkpoints": checkpoints, "classical": classical}
         write_bytes(args.json, json.dumps(result, indent=1).encode())
     if args.plot:
-        curves = {result["path"]: points(result["levels"]) for result in checkpoints}
-        curves |= {name: points(rows) for name, rows in classical.items()}
-        curves |= {name + " (published)": list(zip(c["bpp"], c["psnr"])) for name, c in published.items()}
-        plot(args.plot, curves)
+        ours = {result["path"]: points(result["levels"]) for result in checkpoints}
+        plot(args.plot, pyplot, ours, {name: points(rows) for name, rows in classical.items()} | published)
 
 
 if __name__ == "__main__":

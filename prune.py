@@ -23,7 +23,8 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default="runs/base.pt", help="codec to prune (default: runs/base.pt)")
     parser.add_argument("--plan", default="runs/plan.json", help="from search.py (default: runs/plan.json)")
-    parser.add_argument("--control", action="store_true", help="no plan, no cut: only the extra steps, to compare fairly")
+    parser.add_argument("--control", action="store_true",
+                        help="no plan, no cut: only the extra steps, to compare fairly; choose another output")  # fmt: skip
     add_training_arguments(parser, steps=500, lr=5e-4, out="runs/pruned.pt")
     return parser.parse_args()
 
@@ -32,13 +33,14 @@ def load_plan(path, meta):
     """The plan, after checking that it was made for this checkpoint."""
     try:
         plan = json.loads(read_bytes(path))
-        complete = plan["format"] == "lic plan" and set(plan["keep"]) == set(GROUPS)
-    except (ValueError, KeyError, TypeError):
+        complete = plan["format"] == "lic plan" and plan["keep"].keys() == plan["widths"].keys() == GROUPS.keys()
+        baseline = plan["baseline"][:16]
+    except (ValueError, KeyError, TypeError, AttributeError):
         complete = False
     if not complete:
         raise LicError(f"{path} is not a plan that search.py wrote")
     if plan["baseline"] != meta["fingerprint"]:
-        raise LicError(f"{path} was made for checkpoint {plan['baseline'][:16]}, this one is {meta['fingerprint'][:16]}; "
+        raise LicError(f"{path} was made for checkpoint {baseline}, this one is {meta['fingerprint'][:16]}; "
                        f"run search.py on it")  # fmt: skip
     return plan
 
@@ -47,19 +49,19 @@ def main():
     args = parse_args()
     check_writable(args.out)
     model, meta = load(args.checkpoint, stages=("train", "control", "prune"))
+    plan = None if args.control else load_plan(args.plan, meta)
     train, validation = load_images(args.data, args.crop)
     held_out = fixed_crops(validation, 16, args.crop)
     metrics = {"held_out_J_before": mean_loss(model, held_out).tolist()}
 
-    if not args.control:
-        plan = load_plan(args.plan, meta)
+    if plan:
         dense = model.config
         model = narrow(model, {group: torch.tensor(kept) for group, kept in plan["keep"].items()})
         metrics["held_out_J_cut"] = mean_loss(model, held_out).tolist()
         metrics["plan"] = {k: plan[k] for k in ("method", "target", "of", "alpha", "ratio", "widths", "sparsity")}
         print(f"parameters {parameters(dense):,} -> {parameters(model.config):,}, kMAC/pixel "
               f"{kmac_per_pixel(dense)['total']:.2f} -> {kmac_per_pixel(model.config)['total']:.2f}")  # fmt: skip
-    fit(model, train, held_out, args)
+    fit(model, train, held_out, args, parent=meta["fingerprint"])
     metrics["held_out_J_tuned"] = mean_loss(model, held_out).tolist()
 
     for name, J in metrics.items():

@@ -35,7 +35,7 @@ def main():
     quantize_layers(model, input_scales(model, fixed_crops(train, 16, args.crop)))
     metrics["held_out_J_calibrated"] = mean_loss(model, held_out).tolist()
     if args.steps:
-        fit(model, train, held_out, args)
+        fit(model, train, held_out, args, parent=meta["fingerprint"])
         metrics["held_out_J_tuned"] = mean_loss(model, held_out).tolist()
 
     for name, J in metrics.items():

@@ -16,7 +16,7 @@ from lic.checkpoint import load
 from lic.files import LicError, check_writable, run, write_bytes
 from lic.images import fixed_crops, load_images
 from lic.pruning import importance, most_important, narrow
-from lic.training import mean_loss, positive
+from lic.training import mean_loss, positive, rate
 
 
 def parse_args():
@@ -24,12 +24,12 @@ def parse_args():
     parser.add_argument("--checkpoint", default="runs/base.pt", help="dense codec (default: runs/base.pt)")
     parser.add_argument("--data", help="folder of images, searched recursively (default: synthetic images)")
     parser.add_argument("--target", type=float, default=0.5, help="share to remove, 0 to 1 (default: 0.5)")
-    parser.add_argument("--of", choices=("params", "macs"), default="params", help="what --target counts (default: params)")
-    parser.add_argument("--delta", type=float, default=0.02, help="how near to the target is enough (default: 0.02)")
+    parser.add_argument("--of", choices=("params", "macs"), default="params", help="what the target counts (default: params)")
+    parser.add_argument("--delta", type=rate, default=0.02, help="how near to the target is enough (default: 0.02)")
     parser.add_argument("--method", choices=("threshold", "uniform"), default="threshold",
                         help="threshold on sensitivities, or one ratio for all groups (default: threshold)")  # fmt: skip
     parser.add_argument("--crops", type=positive, default=16, help="calibration images (default: 16)")
-    parser.add_argument("--crop", type=int, default=256, help="their side in pixels, a multiple of 64 (default: 256)")
+    parser.add_argument("--crop", type=positive, default=256, help="their side in pixels, a multiple of 64 (default: 256)")
     parser.add_argument("--amp", action="store_true", help="bf16 autocast: faster with AVX-512 bf16")
     parser.add_argument("--out", default="runs/plan.json", help="plan to write (default: runs/plan.json)")
     return parser.parse_args()

@@ -22,10 +22,10 @@ def parse_args():
         command.add_argument("input")
         command.add_argument("output")
         command.add_argument("--checkpoint", default=SHIPPED, help="the codec (default: the one shipped)")
+        command.add_argument("--max-pixels", type=int, default=MAX_PIXELS,
+                             help=f"refuse larger images, for they need memory (default: {MAX_PIXELS})")  # fmt: skip
     commands.choices["compress"].add_argument(
         "--quality", type=float, default=2.0, help="rate level, 0 (smallest file) up; fractions allowed (default: 2)")  # fmt: skip
-    commands.choices["decompress"].add_argument(
-        "--max-pixels", type=int, default=MAX_PIXELS, help=f"refuse larger images (default: {MAX_PIXELS})")  # fmt: skip
     commands.add_parser("info", help="header of a lic file").add_argument("input")
     return parser.parse_args()
 
@@ -38,7 +38,7 @@ def image_coder(path):
 def compress(args):
     check_writable(args.output)
     image = read_image(args.input)
-    data = image_coder(args.checkpoint).compress(image, args.quality)
+    data = image_coder(args.checkpoint).compress(image, args.quality, args.max_pixels)
     write_bytes(args.output, data)
     height, width = image.shape[:2]
     print(f"{args.output}: {len(data)} bytes, {8 * len(data) / (height * width):.4f} bpp, {width}x{height}")

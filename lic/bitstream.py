@@ -26,7 +26,7 @@ MAGIC, VERSION = b"LIC\x89", 1
 # magic, version, quality in 1/256 level, height, width, model fingerprint,
 # words of z and y, escapes of z and y, CRC-32 of the symbols, CRC-32 of the file without this field
 HEADER = struct.Struct("<4sBHII8sIIIIII")
-MAX_PIXELS = 2**27
+MAX_PIXELS = 2**25  # after padding; about 10 GiB to decode at 128 channels
 MAX_SYMBOL = 2**30
 
 
@@ -84,13 +84,16 @@ class ImageCoder:
         return np.repeat(np.arange(self.model.config["widths"]["z"], dtype=np.uint16), h * w)
 
     @torch.inference_mode()
-    def compress(self, image, quality):
+    def compress(self, image, quality, max_pixels=MAX_PIXELS):
         """image (H, W, 3) uint8 of any size, quality a level in [0, levels - 1], in steps of 1/256 -> bytes."""
         levels = len(self.model.lambdas)
         if not 0 <= quality <= levels - 1:
             raise LicError(f"quality {quality} is not between 0 and {levels - 1}, this checkpoint's levels")
         quality = round(quality * 256)
         height, width = image.shape[:2]
+        if _padded_pixels(height, width) > max_pixels:
+            raise LicError(f"the image has {width}x{height} pixels, more than the limit of {max_pixels}; "
+                           f"raise it with --max-pixels, which the decoder will need too")  # fmt: skip
         device = self.model.log_gain.device
         x = padded(image).to(device)
         gain, _ = self.model.gains(torch.tensor([quality / 256], device=device))
@@ -119,8 +122,9 @@ class ImageCoder:
             raise BadStream(f"the file was made by model {header['fingerprint'].hex()}, "
                             f"this checkpoint is {self.fingerprint.hex()}; decode with the same model")  # fmt: skip
         height, width, level = header["height"], header["width"], header["quality"]
-        if height * width > max_pixels:
-            raise BadStream(f"the file declares {width}x{height} pixels, more than the limit of {max_pixels}")
+        if _padded_pixels(height, width) > max_pixels:
+            raise BadStream(f"the file declares {width}x{height} pixels, more than the limit of {max_pixels}; "
+                            f"raise it with --max-pixels")  # fmt: skip
         if level > len(self.model.lambdas) - 1:
             raise BadStream(f"the file declares quality {level}, which this model does not have")
         lengths = header["lengths"]
@@ -142,6 +146,10 @@ class ImageCoder:
         x_hat = self.model.g_s(y_hat.contiguous(memory_format=torch.channels_last) * inverse_gain) + 0.5
         x_hat = (x_hat[0, :, :height, :width].clamp(0, 1) * 255).round().to(torch.uint8)
         return x_hat.permute(1, 2, 0).contiguous().cpu().numpy()
+
+
+def _padded_pixels(height, width):
+    return -(-height // STRIDE) * -(-width // STRIDE) * STRIDE**2
 
 
 def _symbols_crc(z_symbols, y_symbols):

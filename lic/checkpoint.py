@@ -23,6 +23,7 @@ from lic.models import Codec
 from lic.quantization import pack, quantize_layers, unpack
 
 FORMAT, VERSION = "lic checkpoint", 1
+UNREADABLE = (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, LookupError, TypeError, AttributeError)
 
 
 def fingerprint(config, quantization, state_dict, tables):
@@ -73,22 +74,27 @@ def load(path, stages=None):
     data = read_bytes(path)
     try:
         checkpoint = torch.load(io.BytesIO(data), weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, KeyError) as error:
+    except UNREADABLE as error:
         raise LicError(f"{path} is not a lic checkpoint, or it is truncated") from error
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise LicError(f"{path} is not a lic checkpoint; give a file that train.py, prune.py or quantize.py wrote")
-    if checkpoint["version"] != VERSION:
-        raise LicError(f"{path} has checkpoint version {checkpoint['version']}; this program reads {VERSION}")
-    if stages and checkpoint["stage"] not in stages:
-        raise LicError(f"{path} is a checkpoint of stage {checkpoint['stage']!r}; this needs one of {', '.join(stages)}")
-    state_dict, tables = checkpoint.pop("state_dict"), checkpoint.pop("tables")
-    config, quantization = checkpoint["config"], checkpoint["quantization"]
-    if fingerprint(config, quantization, state_dict, tables) != checkpoint["fingerprint"]:
-        raise LicError(f"{path} is damaged: its tensors do not match its fingerprint")
+    if checkpoint.get("version") != VERSION:
+        raise LicError(f"{path} has checkpoint version {checkpoint.get('version')}; this program reads {VERSION}")
+    if stages and checkpoint.get("stage") not in stages:
+        raise LicError(f"{path} is a checkpoint of stage {checkpoint.get('stage')!r}; this needs one of {', '.join(stages)}")
+    try:
+        state_dict, tables = checkpoint.pop("state_dict"), checkpoint.pop("tables")
+        config, quantization = checkpoint["config"], checkpoint["quantization"]
+        intact = fingerprint(config, quantization, state_dict, tables) == checkpoint["fingerprint"]
+    except UNREADABLE:
+        intact = False
+    if not intact:
+        raise LicError(f"{path} is damaged: its contents do not match its fingerprint")
     model = Codec(config)
     if quantization:
         quantize_layers(model)
-        model.quantization = quantization
+        if quantization != model.quantization:
+            raise LicError(f"{path} is quantized as {quantization}; this program knows {model.quantization}")
         state_dict = unpack(state_dict)
     model.load_state_dict(state_dict)
     checkpoint["tables"] = {kind: Tables(*(np.ascontiguousarray(t[f].numpy()) for f in Tables._fields)) for kind, t in tables.items()}

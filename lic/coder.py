@@ -21,8 +21,8 @@ from lic.files import BadStream
 
 PRECISION = 24  # bits; fixed by constriction's default ANS coder
 TAIL = 2.0**-20  # mass that a distribution may have outside its table, on either side, before MARGIN
-MARGIN = 16  # entries added on either side: an outlier costs 24 bits there, an escape 20 and its 32 plain ones
-REACH = 2**14  # a support never reaches further from 0
+MARGIN = 16  # entries added on either side: an outlier costs 24 bits there, an escape 19 + 32
+REACH = 2**14  # a support never reaches further from 0, before MARGIN
 
 
 class Tables(NamedTuple):
@@ -77,7 +77,7 @@ def _runs(tables, table_index):
 def encode(symbols, table_index, tables):
     """Code integers: symbols (n,) int32, table_index (n,) small ints -> words uint32, escapes int32.
 
-    escapes: the values outside their tables, in coding order.
+    escapes: the values outside their tables, in the order in which they are decoded.
     """
     order, runs = _runs(tables, table_index)
     sorted_symbols = symbols[order]

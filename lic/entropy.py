@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from lic.gdn import lower_bound
 
-MAX_BITS = 24.0  # what the coder charges a symbol at most: its least probability is 2^-24
+MAX_BITS = 24.0  # what a symbol in the coder's table costs at most: its least probability is 2^-24
 SCALE_MIN, SCALE_MAX, SCALE_LEVELS = 0.11, 256.0, 64
 LOG_SCALE_MIN = math.log(SCALE_MIN)
 LOG_SCALE_STEP = (math.log(SCALE_MAX) - LOG_SCALE_MIN) / (SCALE_LEVELS - 1)
@@ -39,7 +39,7 @@ def round_ste(y):
 def soft_limit(bits):
     """bits up to MAX_BITS, then MAX_BITS (1 + ln(bits / MAX_BITS)): smooth, any shape.
 
-    The file never pays more than MAX_BITS a symbol, but a flat limit would leave an outlier without a
+    Within its table a symbol never costs more than MAX_BITS (outside, the escape's 51), but a flat limit would leave an outlier without a
     gradient for the whole training, and without a limit one outlier would own the gradient.
     """
     return torch.where(bits > MAX_BITS, MAX_BITS * (1 + torch.log(bits.clamp(min=MAX_BITS) / MAX_BITS)), bits)
@@ -104,7 +104,8 @@ class GaussianConditional(nn.Module):
         In the logarithm: a difference of two cdf values is exactly 0 in float32 some ten scales from the
         mean, and so is its gradient.
         """
-        scale = torch.exp(lower_bound(log_scale, LOG_SCALE_MIN).clamp(max=math.log(SCALE_MAX)))
+        log_scale = lower_bound(log_scale, LOG_SCALE_MIN)
+        scale = torch.exp(-lower_bound(-log_scale, -math.log(SCALE_MAX)))  # an upper bound that lets go, too
         v = (y - mean).abs()  # the density is symmetric: both edges in or near the lower tail
         upper = torch.special.log_ndtr((0.5 - v) / scale)
         lower = torch.special.log_ndtr((-0.5 - v) / scale)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-PEDESTAL = 2.0**-36  # keeps the square roots away from an infinite derivative
+PEDESTAL = 2.0**-36  # the derivative of a square is 0 at 0: gamma's zeros could never grow without it
 BETA_MIN = 1e-6
 
 

@@ -112,7 +112,7 @@ class Codec(nn.Module):
 
     def forward(self, x, level):
         """x (B, 3, H, W), level (B,) -> Output. The rate counts noisy latents in training mode
-        (differentiable) and rounded ones in eval mode (what a file costs)."""
+        (differentiable) and rounded ones in eval mode (what a file costs, but for escapes)."""
         gain, inverse_gain = self.gains(level)
         # under autocast the networks return bf16; the rest stays in x's precision
         y = self.g_a(x - 0.5).to(x.dtype) * gain  # (B, M, H/16, W/16)

@@ -89,14 +89,14 @@ def adaptive_search(table, config, target, of, delta):
 def uniform_widths(config, target, of, delta):
     """Ratio, widths and sparsity of the plan that narrows every group by the same ratio.
 
-    Groups round at staggered points: if all rounded to the nearest multiple, equally wide groups
-    would jump together and the plans would leave gaps of a tenth in S.
+    Groups round at staggered points, interleaved over the four networks: if all rounded to the nearest
+    multiple, equally wide groups would jump together and the plans would leave gaps of a tenth in S.
     """
 
     def widths_of(t):
         widths = {}
         for i, (group, full) in enumerate(config["widths"].items()):
-            narrowed = MULTIPLE * math.floor((1 - t) * full / MULTIPLE + (i + 0.5) / len(GROUPS))
+            narrowed = MULTIPLE * math.floor((1 - t) * full / MULTIPLE + (5 * i % 12 + 0.5) / 12)
             widths[group] = min(full, max(MULTIPLE, narrowed))
         return widths
 

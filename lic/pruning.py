@@ -71,15 +71,16 @@ def narrow(model, keep):
 def importance(model, x):
     """What each channel tells the layer that reads it: its variance there, {group: (width,)}.
 
-    Over the images x (B, 3, H, W), summed over the levels, after GDN, ReLU or rounding. A channel that
-    hardly varies can go: a constant is a bias (Polyak and Wolf, "Channel-level acceleration of deep face
-    representations", IEEE Access 2015, prune by the same variance).
+    Over the images x (B, 3, H, W), after GDN, ReLU or rounding, in batches of four, summed over batches and
+    levels. A channel that hardly varies says little, and what its mean contributed a bias can learn in
+    fine-tuning; the cut itself does not move it there (Polyak and Wolf, "Channel-level acceleration of deep
+    face representations", IEEE Access 2015, prune by the same variance).
     """
     scores = {group: 0 for group in GROUPS}
 
     def observe(group, reader):
         def hook(layer, inputs):
-            scores[group] = scores[group] + inputs[0].var((0, 2, 3))
+            scores[group] = scores[group] + inputs[0].var((0, 2, 3), correction=0)
 
         return model.get_submodule(reader).register_forward_pre_hook(hook)
 

@@ -9,7 +9,9 @@ On disk the weights are int8 tensors; in memory they are floats on the int8 grid
 with straight-through gradients and inference are the same code.
 
 What stays float, and why:
-    GDN      its sums of squares span too many octaves for 8 bits; under 3 % of the parameters
+    GDN      its sums of squares span too many octaves for 8 bits; a few % of the parameters
+    y_hat    the input of g_s.conv1: one 8-bit scale a tensor would be coarser than the codec's own
+             quantization step, which differs between channels and levels
     gains    they are the quantization steps of y
     prior_z  only its tables matter after training
     biases   one number a channel
@@ -23,12 +25,12 @@ from lic.entropy import round_ste
 
 SIGNED, UNSIGNED, WEIGHT = (-128, 127), (0, 255), (-127, 127)
 INPUTS = {  # layer: integer range of its input; None where no quantizer is needed
-    "g_a.conv1": None,  # pixels: 8 bits already
+    "g_a.conv1": None,  # pixels less a constant: 8 bits already
     "g_a.conv2": SIGNED, "g_a.conv3": SIGNED, "g_a.conv4": SIGNED,
     "h_a.conv1": SIGNED, "h_a.conv2": UNSIGNED, "h_a.conv3": UNSIGNED,
     "h_s.conv1": None,  # z_hat: integers already
     "h_s.conv2": UNSIGNED, "h_s.conv3": UNSIGNED,
-    "g_s.conv1": None,  # y_hat: rounded already, with the step that its channel's gain learnt
+    "g_s.conv1": None,  # y_hat, see above
     "g_s.conv2": SIGNED, "g_s.conv3": SIGNED, "g_s.conv4": SIGNED,
 }  # fmt: skip
 
@@ -92,7 +94,8 @@ def input_scales(model, x):
     def observe(name):
         def hook(layer, inputs):
             values = inputs[0].flatten()
-            seen[name].append(values[:: max(1, len(values) // 100_000)].clone())
+            stride = len(values) // 100_000 | 1  # odd, or it would see only even columns
+            seen[name].append(values[::stride].clone())
 
         return model.get_submodule(name).register_forward_pre_hook(hook)
 

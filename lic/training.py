@@ -36,16 +36,30 @@ def positive(text):
     return int(text)
 
 
+def count(text):
+    """An argparse type: a whole number from 0 up."""
+    if int(text) < 0:
+        raise ValueError
+    return int(text)
+
+
+def rate(text):
+    """An argparse type: a positive finite number."""
+    if not 0 < float(text) < float("inf"):
+        raise ValueError
+    return float(text)
+
+
 def add_training_arguments(parser, steps, lr, out):
     """The options of a stage that trains; steps, lr and out are that stage's defaults."""
     parser.add_argument("--data", help="folder of images, searched recursively (default: synthetic images)")
-    parser.add_argument("--steps", type=int, default=steps, help=f"training steps (default: {steps})")
+    parser.add_argument("--steps", type=count, default=steps, help=f"training steps (default: {steps})")
     parser.add_argument("--batch", type=positive, default=8, help="crops a step (default: 8)")
-    parser.add_argument("--crop", type=int, default=128, help="side of a crop, pixels, a multiple of 64 (default: 128)")
-    parser.add_argument("--lr", type=float, default=lr, help=f"peak learning rate (default: {lr})")
+    parser.add_argument("--crop", type=positive, default=128, help="side of a crop, pixels, a multiple of 64 (default: 128)")
+    parser.add_argument("--lr", type=rate, default=lr, help=f"peak learning rate (default: {lr})")
     parser.add_argument("--amp", action="store_true", help="bf16 autocast: faster with AVX-512 bf16 or on a GPU")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to train (default: cpu)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, crops and noise (default: 0)")
+    parser.add_argument("--seed", type=count, default=0, help="of weights, crops and noise (default: 0)")
     parser.add_argument("--save-every", type=positive, default=1000, help="steps between saves (default: 1000)")
     parser.add_argument("--out", default=out, help=f"checkpoint to write (default: {out})")
     parser.add_argument("--resume", action="store_true", help="go on from OUT.state, exactly as if never stopped")
@@ -92,8 +106,10 @@ def learning_rate(step, steps, peak):
     return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def fit(model, train, held_out, args):
+def fit(model, train, held_out, args, parent=None):
     """Train `model` in place for args.steps steps; args as `add_training_arguments` gives them.
+
+    parent: fingerprint of the checkpoint that the weights came from, so that --resume notices another.
 
     train: list of (H, W, 3) uint8; held_out: (B, 3, H, W), whose J is printed at each save.
     Saves to OUT.state at intervals and on Ctrl-C or SIGTERM, then raises Interrupted; raises
@@ -104,15 +120,15 @@ def fit(model, train, held_out, args):
     model.to(args.device, memory_format=torch.channels_last)
     held_out = held_out.to(args.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
-    settings = {k: vars(args)[k] for k in ("steps", "batch", "crop", "lr", "amp", "seed")}
-    settings["config"] = model.config
+    settings = {k: vars(args)[k] for k in ("data", "steps", "batch", "crop", "lr", "amp", "seed")}
+    settings |= {"config": model.config, "quantization": model.quantization, "parent": parent}
     state_path = args.out + ".state"
     first = load_state(state_path, model, optimizer, settings) if args.resume else 0
     lambdas = torch.tensor(model.lambdas, device=args.device)
     weights = level_weights(model.lambdas).to(args.device)
     interrupted = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda signum, frame: interrupted.append(signum))
+    handlers = {number: signal.signal(number, lambda signum, frame: interrupted.append(signum))
+                for number in (signal.SIGINT, signal.SIGTERM)}  # fmt: skip
 
     progress = Progress(first, args.steps)
     for step in range(first, args.steps):
@@ -142,8 +158,10 @@ def fit(model, train, held_out, args):
             save_state(state_path, model, optimizer, step + 1, settings)
             J = mean_loss(model, held_out, args.amp)
             print(f"saved {state_path}  held-out J a level:", *(f"{v:.4f}" for v in J), flush=True)
-        if interrupted and step + 1 < args.steps:
+        if interrupted:
             raise Interrupted(f"interrupted after step {step + 1}; go on with --resume")
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     model.to("cpu").eval()
 
 
@@ -182,7 +200,7 @@ def save_state(path, model, optimizer, step, settings):
 def load_state(path, model, optimizer, settings):
     """Restore model and optimizer in place; returns the number of steps already done."""
     try:
-        state = torch.load(io.BytesIO(read_bytes(path)), weights_only=True)
+        state = torch.load(io.BytesIO(read_bytes(path)), weights_only=True, map_location="cpu")
         changed = sorted(k for k in settings if settings[k] != state["settings"].get(k))
     except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise LicError(f"{path} holds no training state; start without --resume") from error

@@ -58,13 +58,16 @@ def test_golden_words():
     assert np.array_equal(coder.decode(words, escapes, index, TOY), symbols)
 
 
-def test_words_are_those_of_a_plain_ans_decoder_over_our_integer_counts():
+@pytest.mark.parametrize("count", [1, 3, 500])
+def test_words_are_those_of_a_plain_ans_decoder_over_our_integer_counts(count):
     """The stream needs no constriction to read: a 64-bit state, 32-bit words, 24-bit counts."""
     rng = np.random.default_rng(0)
-    symbols, index = rng.integers(-1, 2, 500).astype(np.int32), np.zeros(500, np.uint8)
+    symbols, index = rng.integers(-1, 2, count).astype(np.int32), np.zeros(count, np.uint8)
     words, _ = coder.encode(symbols, index, TOY)
     stack = [int(w) for w in words]
-    state = (stack.pop() << 32) | stack.pop()
+    state = 0
+    for _ in range(2):
+        state = (state << 32) | stack.pop() if stack else state
     cumulative = [0, 2**23, 2**23 + 2**22, 2**23 + 2**22 + 2**21, 2**24]
     decoded = []
     for _ in symbols:
@@ -74,7 +77,7 @@ def test_words_are_those_of_a_plain_ans_decoder_over_our_integer_counts():
         state = (state >> 24) * (cumulative[entry + 1] - cumulative[entry]) + slot - cumulative[entry]
         if state < 2**32 and stack:
             state = (state << 32) | stack.pop()
-    assert decoded == symbols.tolist()
+    assert decoded == symbols.tolist() and state == 0 and not stack
 
 
 def test_far_outliers_are_escaped_not_clipped():

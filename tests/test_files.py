@@ -5,7 +5,7 @@ import io
 import numpy as np
 import pytest
 import torch
-from helpers import lively_codec, run_script
+from helpers import run_script
 from PIL import Image
 
 from lic import files
@@ -122,9 +122,11 @@ def test_what_is_no_checkpoint_is_refused(checkpoint, tmp_path):
 def test_a_flipped_bit_in_a_tensor_is_noticed(checkpoint, model):
     data = bytearray(checkpoint.read_bytes())
     weight = model.g_a.conv1.weight.detach().contiguous().numpy().tobytes()
-    data[data.find(weight[:64]) + 5] ^= 1
+    position = data.find(weight[:64])
+    assert position > 0
+    data[position + 5] ^= 1
     checkpoint.write_bytes(data)
-    with pytest.raises(LicError, match="damaged|truncated"):
+    with pytest.raises(LicError, match="damaged"):
         load(checkpoint)
 
 
@@ -151,6 +153,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     (["train.py", "--data", "{photos}", "--crop", "64", "--out", "{tmp}/x.pt", "--resume"], "cannot read"),
     (["search.py", "--checkpoint", "{photos}/0.png"], "not a lic checkpoint"),
     (["search.py", "--target", "1.5"], "between 0 and 1"),
+    (["search.py", "--checkpoint", "{tmp}/a.pt", "--crop", "100"], "multiple of 64"),
     (["prune.py", "--checkpoint", "{tmp}/a.pt", "--plan", "{photos}/0.png", "--data", "{photos}", "--crop", "64", "--out",
       "{tmp}/p.pt"], "not a plan"),
     (["quantize.py", "--checkpoint", "{tmp}/missing.pt"], "cannot read"),

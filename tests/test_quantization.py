@@ -63,6 +63,13 @@ def test_weights_have_one_scale_an_output_channel_on_the_right_axis(quantized):
         assert (error > 0.5001).float().mean() < 0.02, name
 
 
+@pytest.mark.parametrize("name", [name for name, input_range in INPUTS.items() if input_range])
+def test_inputs_that_claim_8_bits_take_at_most_256_values(quantized, name):
+    layer = quantized.get_submodule(name)
+    v = torch.linspace(-400, 400, 5001) * layer.input_scale
+    assert layer.operands(v)[0].unique().numel() == 256
+
+
 def test_quantized_codec_is_close_to_the_float_one(quantized):
     x, level = photo_like(), torch.tensor([2.0])
     with torch.no_grad():
