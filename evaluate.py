@@ -26,9 +26,9 @@ from lic.images import dead_leaves, find_images, read_image
 from lic.metrics import bd_rate, kmac_per_pixel, ms_ssim, parameters, psnr
 
 CLASSICAL = {  # name: (Pillow format, feature to ask for, qualities)
-    "jpeg": ("JPEG", "jpg", (5, 10, 15, 20, 30, 40, 55, 70, 80, 90)),
-    "webp": ("WEBP", "webp", (1, 5, 10, 20, 35, 50, 65, 80, 90)),
-    "avif": ("AVIF", "avif", (10, 20, 30, 40, 50, 60, 70, 80)),
+    "jpeg": ("JPEG", "jpg", (5, 10, 20, 30, 45, 60, 75, 90)),
+    "webp": ("WEBP", "webp", (1, 5, 15, 30, 50, 70, 85)),
+    "avif": ("AVIF", "avif", (15, 30, 40, 50, 60, 75)),
 }
 
 

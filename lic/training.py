@@ -109,9 +109,8 @@ def learning_rate(step, steps, peak):
 def fit(model, train, held_out, args, parent=None):
     """Train `model` in place for args.steps steps; args as `add_training_arguments` gives them.
 
-    parent: fingerprint of the checkpoint that the weights came from, so that --resume notices another.
-
-    train: list of (H, W, 3) uint8; held_out: (B, 3, H, W), whose J is printed at each save.
+    train: list of (H, W, 3) uint8; held_out: (B, 3, H, W), whose J is printed at each save; parent:
+    fingerprint of the checkpoint that the weights came from, so that --resume notices another.
     Saves to OUT.state at intervals and on Ctrl-C or SIGTERM, then raises Interrupted; raises
     LicError at the first loss that is not finite.
     """
