@@ -138,9 +138,11 @@ def plot(path, pyplot, ours, others):
         axes.plot(*zip(*curve), marker="o", markersize=4, label=name)
     for name, curve in others.items():
         axes.plot(*zip(*curve), linewidth=1, linestyle="--", label=name)
-    axes.set(xlabel="bits per pixel (file)", ylabel="PSNR (dB)", xlim=(0, 1.15 * max(bpp for c in ours.values() for bpp, _ in c)))
+    right = 1.4 * max(bpp for curve in ours.values() for bpp, _ in curve)
+    shown = [psnr for curve in (*ours.values(), *others.values()) for bpp, psnr in curve if bpp <= right]
+    axes.set(xlabel="bits per pixel (file)", ylabel="PSNR (dB)", xlim=(0, right), ylim=(min(shown) - 0.5, max(shown) + 0.5))
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1), fontsize="small")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130, bbox_inches="tight")
     write_bytes(path, buffer.getvalue())
