@@ -86,11 +86,11 @@ def encode(symbols, table_index, tables):
     for start, end, escape, offset, model in reversed(runs):  # a stack: what is coded last comes out first
         values = sorted_symbols[start:end]
         entries = values - offset
-        outside = (entries < 0) | (entries >= escape)
-        if outside.any():
+        if entries.min() < 0 or entries.max() >= escape:
+            outside = (entries < 0) | (entries >= escape)
             escapes.append(values[outside])
-            entries = np.where(outside, escape, entries)
-        coder.encode_reverse(entries.astype(np.int32), model)
+            entries[outside] = escape
+        coder.encode_reverse(entries, model)
     escapes = np.concatenate([np.empty(0, np.int32), *reversed(escapes)])
     return coder.get_compressed(), escapes.astype(np.int32)
 
