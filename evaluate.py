@@ -5,7 +5,7 @@
 
 For each checkpoint, level and image: the file is written, read back and decoded; bpp is 8 * bytes /
 pixels, quality is that of the decoded 8-bit image. Every figure is the mean over the images.
-BD-rate is against the first checkpoint: PSNR, PCHIP over log rate; negative is better.
+BD-rate: PSNR, PCHIP over log rate, of each checkpoint against every other curve; negative is better.
 """
 
 import argparse
@@ -45,7 +45,8 @@ def parse_args():
 
 @torch.inference_mode()
 def ideal_bpp(model, image, level):
-    """-log2 p of the rounded latents, with continuous scales, over the pixels of the unpadded image."""
+    """-log2 p of the rounded latents, with continuous scales and at most 24 bits a symbol (MAX_BITS, the least
+    probability of a table), over the pixels of the unpadded image."""
     out = model(padded(image), torch.tensor([float(level)]))
     return (out.y_bits + out.z_bits).item() / (image.shape[0] * image.shape[1])
 
@@ -105,10 +106,23 @@ def points(rows):
     return [(row["bpp"], row["psnr"]) for row in rows]
 
 
-def show_bd_rate(name, anchor, test):
-    percent, why = bd_rate(anchor, test)
-    print(f"{name:36}" + (f"{percent:+9.2f} %" if why is None else f"  not comparable: {why}"))
-    return percent
+def show_bd_rates(ours, others):
+    """A row an anchor, a column a checkpoint, and why where two curves cannot be compared.
+
+    ours, others: {name: [(bpp, PSNR)]}; both serve as anchors.
+    """
+    print("\nPSNR BD-rate of each checkpoint (column) against each curve (row); negative: smaller files at equal PSNR")
+    print(" " * 44 + "".join(f"{Path(name).name:>15}" for name in ours))
+    reasons = set()
+    for name, anchor in (ours | others).items():
+        row = f"{name:44}"
+        for test in ours.values():
+            percent, why = bd_rate(anchor, test)
+            row += f"{'-':>15}" if why else f"{percent:+13.2f} %"
+            reasons |= {why} if why else set()
+        print(row)
+    for why in sorted(reasons):
+        print(f"- not comparable: {why}")
 
 
 def import_pyplot():
@@ -178,21 +192,17 @@ def main():
         for row in rows:
             print(f"  {row['quality']:<8} {row['bpp']:7.4f} {row['psnr']:9.3f} {row['ms_ssim']:9.4f}")
 
-    print(f"\nPSNR BD-rate against {args.checkpoints[0]} (negative: smaller files at equal PSNR)")
-    anchor = points(checkpoints[0]["levels"])
     for result in checkpoints:
-        result["bd_rate_percent"] = show_bd_rate(result["path"], anchor, points(result["levels"]))
-    for name, rows in classical.items():
-        show_bd_rate(name, anchor, points(rows))
-    for name, curve in published.items():
-        show_bd_rate(name, anchor, curve)
+        result["bd_rate_percent"], _ = bd_rate(points(checkpoints[0]["levels"]), points(result["levels"]))
+    ours = {result["path"]: points(result["levels"]) for result in checkpoints}
+    others = {name: points(rows) for name, rows in classical.items()} | published
+    show_bd_rates(ours, others)
 
     if args.json:
         result = {"images": len(images), "pixels": pixels, "checkpoints": checkpoints, "classical": classical}
         write_bytes(args.json, json.dumps(result, indent=1).encode())
     if args.plot:
-        ours = {result["path"]: points(result["levels"]) for result in checkpoints}
-        plot(args.plot, pyplot, ours, {name: points(rows) for name, rows in classical.items()} | published)
+        plot(args.plot, pyplot, ours, others)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ MAGIC, VERSION = b"LIC\x89", 1
 # magic, version, quality in 1/256 level, height, width, model fingerprint,
 # words of z and y, escapes of z and y, CRC-32 of the symbols, CRC-32 of the file without this field
 HEADER = struct.Struct("<4sBHII8sIIIIII")
-MAX_PIXELS = 2**25  # after padding; about 10 GiB to decode at 128 channels
+MAX_PIXELS = 2**25  # after padding; tests/benchmark.py prints what 4 megapixels take at base widths
 MAX_SYMBOL = 2**30
 
 

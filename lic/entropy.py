@@ -39,8 +39,8 @@ def round_ste(y):
 def soft_limit(bits):
     """bits up to MAX_BITS, then MAX_BITS (1 + ln(bits / MAX_BITS)): smooth, any shape.
 
-    Within its table a symbol never costs more than MAX_BITS (outside, the escape's 51), but a flat limit would leave an outlier without a
-    gradient for the whole training, and without a limit one outlier would own the gradient.
+    Within its table a symbol never costs more than MAX_BITS (outside, the escape's 51). A flat limit would
+    leave an outlier without a gradient; without a limit one outlier would own the gradient.
     """
     return torch.where(bits > MAX_BITS, MAX_BITS * (1 + torch.log(bits.clamp(min=MAX_BITS) / MAX_BITS)), bits)
 

@@ -109,7 +109,7 @@ def layers(widths):
     """
     w = widths
     y, z = 1 / 16**2, 1 / 64**2
-    rows = [
+    return [
         ("g_a.conv1", 3, w["g_a.1"], 5, 1 / 4), ("g_a.gdn1", w["g_a.1"], w["g_a.1"], 1, 1 / 4),
         ("g_a.conv2", w["g_a.1"], w["g_a.2"], 5, 1 / 16), ("g_a.gdn2", w["g_a.2"], w["g_a.2"], 1, 1 / 16),
         ("g_a.conv3", w["g_a.2"], w["g_a.3"], 5, 1 / 64), ("g_a.gdn3", w["g_a.3"], w["g_a.3"], 1, 1 / 64),
@@ -123,7 +123,6 @@ def layers(widths):
         ("g_s.conv3", w["g_s.2"], w["g_s.3"], 5, 1 / 16), ("g_s.gdn3", w["g_s.3"], w["g_s.3"], 1, 1 / 4),
         ("g_s.conv4", w["g_s.3"], 3, 5, 1 / 4),
     ]  # fmt: skip
-    return rows
 
 
 def parameters(config):

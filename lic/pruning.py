@@ -73,8 +73,8 @@ def importance(model, x):
 
     Over the images x (B, 3, H, W), after GDN, ReLU or rounding, in batches of four, summed over batches and
     levels. A channel that hardly varies says little, and what its mean contributed a bias can learn in
-    fine-tuning; the cut itself does not move it there (Polyak and Wolf, "Channel-level acceleration of deep
-    face representations", IEEE Access 2015, prune by the same variance).
+    fine-tuning; the cut itself does not move it there. Eliminating channels of low activity: Polyak and Wolf,
+    "Channel-level acceleration of deep face representations", IEEE Access 2015.
     """
     scores = {group: 0 for group in GROUPS}
 
