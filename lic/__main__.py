@@ -1,15 +1,18 @@
-"""python -m lic compress photo.png photo.lic | decompress photo.lic photo.png | info photo.lic"""
+"""python -m lic compress photo.png photo.lic | decompress photo.lic photo.png | info photo.lic | export codec.npz"""
 
 import argparse
 import io
+import json
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from lic.bitstream import HEADER, MAX_PIXELS, ImageCoder, read_header
 from lic.checkpoint import load
 from lic.files import BadStream, LicError, check_writable, read_bytes, run, write_bytes
 from lic.images import read_image
+from lic.quantization import pack
 
 SHIPPED = Path(__file__).parent.parent / "checkpoints" / "small.pt"
 
@@ -27,6 +30,9 @@ def parse_args():
     commands.choices["compress"].add_argument(
         "--quality", type=float, default=2.0, help="rate level, 0 (smallest file) up; fractions allowed (default: 2)")  # fmt: skip
     commands.add_parser("info", help="header of a lic file").add_argument("input")
+    command = commands.add_parser("export", help="checkpoint as a NumPy archive, for ports to other frameworks")
+    command.add_argument("output")
+    command.add_argument("--checkpoint", default=SHIPPED, help="the codec (default: the one shipped)")
     return parser.parse_args()
 
 
@@ -64,10 +70,23 @@ def info(args):
           f"escaped symbols {4 * (z_escapes + y_escapes)}")  # fmt: skip
 
 
+def export(args):
+    """All that decoding needs, as docs/porting.md describes it: tensors (int8 if quantized), tables, config."""
+    model, meta = load(args.checkpoint)
+    arrays = {name: tensor.numpy() for name, tensor in pack(model.state_dict()).items()}
+    for kind, tables in meta["tables"].items():
+        arrays |= {f"tables.{kind}.{field}": value for field, value in tables._asdict().items()}
+    about = {key: meta[key] for key in ("config", "quantization", "fingerprint")}
+    buffer = io.BytesIO()
+    np.savez(buffer, about=json.dumps(about), **arrays)
+    write_bytes(args.output, buffer.getvalue())
+    print(f"{args.output}: {len(arrays)} arrays of {args.checkpoint}")
+
+
 def main():
     args = parse_args()
     try:
-        {"compress": compress, "decompress": decompress, "info": info}[args.command](args)
+        {"compress": compress, "decompress": decompress, "info": info, "export": export}[args.command](args)
     except BadStream as error:
         raise BadStream(f"{args.input}: {error}") from error
 

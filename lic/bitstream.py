@@ -24,7 +24,7 @@ from lic.models import STRIDE
 
 MAGIC, VERSION = b"LIC\x89", 1
 # magic, version, quality in 1/256 level, height, width, model fingerprint,
-# words of z and y, escapes of z and y, CRC-32 of the symbols, CRC-32 of the file without this field
+# words of z and y, escapes of z and y, CRC-32 of fields and symbols, CRC-32 of the file without this field
 HEADER = struct.Struct("<4sBHII8sIIIIII")
 MAX_PIXELS = 2**25  # after padding; tests/benchmark.py prints what 4 megapixels take at base widths
 MAX_SYMBOL = 2**30
@@ -108,10 +108,9 @@ class ImageCoder:
 
         payload = b"".join(part.astype("<u4" if part.dtype == np.uint32 else "<i4").tobytes()
                            for part in (z_words, y_words, z_escapes, y_escapes))  # fmt: skip
-        fields = [MAGIC, VERSION, quality, height, width, self.fingerprint,
-                  len(z_words), len(y_words), len(z_escapes), len(y_escapes),
-                  _symbols_crc(z_symbols, y_symbols)]  # fmt: skip
-        header = HEADER.pack(*fields, 0)[:-4]
+        lengths = len(z_words), len(y_words), len(z_escapes), len(y_escapes)
+        header = HEADER.pack(MAGIC, VERSION, quality, height, width, self.fingerprint, *lengths, 0, 0)[:-8]
+        header += struct.pack("<I", _symbols_crc(header, z_symbols, y_symbols))
         return header + struct.pack("<I", zlib.crc32(payload, zlib.crc32(header))) + payload
 
     @torch.inference_mode()
@@ -133,12 +132,15 @@ class ImageCoder:
         z_words, y_words, z_escapes, y_escapes = (
             np.frombuffer(data[a:b], t).astype(t[1:]) for a, b, t in zip(cuts, cuts[1:], types)
         )
+        if any((np.abs(part.astype(np.int64)) >= MAX_SYMBOL).any() for part in (z_escapes, y_escapes)):
+            raise BadStream("the file holds a symbol of 2^30 or more, which no encoder writes")
         h, w = -(-height // STRIDE), -(-width // STRIDE)
         z_symbols = coder.decode(z_words, z_escapes, self._z_index(h, w), self.tables["z"])
         mean, y_index = self._entropy_parameters(z_symbols.reshape(-1, h, w))
         y_symbols = coder.decode(y_words, y_escapes, y_index, self.tables["y"])
-        if _symbols_crc(z_symbols, y_symbols) != header["symbols_crc"]:
-            raise BadStream("the decoded symbols are not the encoder's: this machine computes the model differently")
+        if _symbols_crc(data[: HEADER.size - 8], z_symbols, y_symbols) != header["symbols_crc"]:
+            raise BadStream("the decoded symbols are not the encoder's: the file was forged, "
+                            "or this machine computes h_s differently")  # fmt: skip
 
         device = self.model.log_gain.device
         _, inverse_gain = self.model.gains(torch.tensor([level], device=device))
@@ -152,8 +154,12 @@ def _padded_pixels(height, width):
     return -(-height // STRIDE) * -(-width // STRIDE) * STRIDE**2
 
 
-def _symbols_crc(z_symbols, y_symbols):
-    return zlib.crc32(y_symbols.astype("<i4").tobytes(), zlib.crc32(z_symbols.astype("<i4").tobytes()))
+def _symbols_crc(fields, z_symbols, y_symbols):
+    """CRC-32 of the header's fields before it and of all symbols."""
+    crc = zlib.crc32(fields)
+    for symbols in (z_symbols, y_symbols):
+        crc = zlib.crc32(symbols.astype("<i4").tobytes(), crc)
+    return crc
 
 
 def read_header(data):

@@ -1,0 +1,113 @@
+"""Makes the golden files: python tests/golden/make.py (about a minute).
+
+Two small codecs (float and 8-bit, every width another number), files that they wrote, the symbols and
+pixels in them, and every layer's input and output for one image. They are made once and pinned: a test that
+fails against them says that something changed what old files decode to. Make them anew only for a new format.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+FOLDER = Path(__file__).parent
+sys.path[:0] = [str(FOLDER.parent.parent)]
+
+from lic import coder  # noqa: E402
+from lic.__main__ import export  # noqa: E402
+from lic.bitstream import ImageCoder, build_tables, padded  # noqa: E402
+from lic.checkpoint import load, save  # noqa: E402
+from lic.images import dead_leaves, fixed_crops, load_images  # noqa: E402
+from lic.models import Codec  # noqa: E402
+from lic.quantization import input_scales, quantize_layers  # noqa: E402
+from lic.training import fit  # noqa: E402
+
+WIDTHS = {"g_a.1": 9, "g_a.2": 10, "g_a.3": 11, "y": 12, "g_s.1": 13, "g_s.2": 14, "g_s.3": 15,
+          "h_a.1": 7, "h_a.2": 6, "z": 5, "h_s.1": 8, "h_s.2": 16}  # fmt: skip
+
+
+def make_checkpoints():
+    """codec.pt, trained for a minute on synthetic images, and quantized.pt, calibrated from it."""
+    torch.manual_seed(0)
+    train, validation = load_images(None, 64)
+    held_out = fixed_crops(validation, 2, 64)
+    model = Codec({"widths": WIDTHS, "lambdas": [0.0035, 0.013, 0.0483]})
+    args = argparse.Namespace(data=None, steps=3000, batch=8, crop=64, lr=3e-3, amp=False, device="cpu", seed=0,
+                              save_every=3000, out=str(FOLDER / "codec.pt"), resume=False)  # fmt: skip
+    fit(model, train, held_out, args)
+    Path(args.out + ".state").unlink()
+    save(FOLDER / "codec.pt", model, build_tables(model), "train", {"lr": args.lr, "seed": args.seed}, args.steps)
+    meta = load(FOLDER / "codec.pt")[1]
+    quantize_layers(model, input_scales(model, fixed_crops(train, 8, 64)))
+    save(FOLDER / "quantized.pt", model, build_tables(model), "quantize", {}, 0, meta)
+
+
+def images():
+    """name -> (H, W, 3) uint8: synthetic, a single pixel, and noise that no table expects."""
+    noise = np.random.default_rng(0).integers(0, 2, (40, 33, 1), dtype=np.uint8).repeat(3, 2) * 255
+    return {"leaves": dead_leaves(100, 128)[:90, :70], "pixel": np.array([[[255, 128, 0]]], np.uint8), "noise": noise}
+
+
+class Recorder:
+    """Keeps what passes through coder.decode: the symbols as a decoder sees them."""
+
+    def __enter__(self):
+        self.decode, self.symbols = coder.decode, []
+
+        def decode(*arguments):
+            self.symbols.append(self.decode(*arguments))
+            return self.symbols[-1]
+
+        coder.decode = decode
+        return self.symbols
+
+    def __exit__(self, *_):
+        coder.decode = self.decode
+
+
+def make_files():
+    decoded = {}
+    for name, image in images().items():
+        Image.fromarray(image).save(FOLDER / f"{name}.png")
+    for codec, image, quality in (("codec", "leaves", 0), ("codec", "leaves", 1.5), ("codec", "noise", 2),
+                                  ("codec", "pixel", 1), ("quantized", "leaves", 2), ("quantized", "noise", 0)):  # fmt: skip
+        model, meta = load(FOLDER / f"{codec}.pt")
+        image_coder = ImageCoder(model, meta["tables"], meta["fingerprint"])
+        if image == "noise":  # an encoder with latents far outside the tables, which the decoder takes as it must
+            with torch.no_grad():
+                model.g_a.conv4.weight.mul_(30)
+        data = image_coder.compress(images()[image], quality)
+        name = f"{codec}_{image}_{quality}.lic"
+        (FOLDER / name).write_bytes(data)
+        with Recorder() as symbols:
+            pixels = image_coder.decompress(data)
+        decoded |= {f"{name}.z": symbols[0], f"{name}.y": symbols[1], f"{name}.pixels": pixels}
+        print(f"{name}: {len(data)} bytes")
+    np.savez_compressed(FOLDER / "decoded.npz", **decoded)
+
+
+@torch.inference_mode()
+def make_layers():
+    """Input of each network ("g_a") and output of each layer ("g_a.conv1") of codec.pt, for the upper left
+    64x64 pixels of leaves.png at quality 1. A layer's input is the output before it."""
+    model, _ = load(FOLDER / "codec.pt")
+    seen = {}
+    for network in ("g_a", "h_a", "h_s", "g_s"):
+        layers = getattr(model, network)
+        layers.register_forward_pre_hook(lambda _, inputs, name=network: seen.update({name: inputs[0].numpy().copy()}))
+        for name, layer in layers.named_children():
+            name = f"{network}.{name}"
+            layer.register_forward_hook(lambda *hooked, name=name: seen.update({name: hooked[2].numpy().copy()}))
+    model(padded(images()["leaves"][:64, :64]), torch.tensor([1.0]))
+    np.savez_compressed(FOLDER / "layers.npz", **seen)
+
+
+if __name__ == "__main__":
+    make_checkpoints()
+    for codec in ("codec", "quantized"):
+        export(argparse.Namespace(checkpoint=FOLDER / f"{codec}.pt", output=FOLDER / f"{codec}.npz"))
+    make_files()
+    make_layers()

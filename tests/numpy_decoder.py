@@ -1,0 +1,135 @@
+"""The whole decoder in NumPy and constriction, written from docs/bitstream.md and docs/porting.md.
+
+    python -m lic export codec.npz --checkpoint checkpoints/pruned.pt
+    python tests/numpy_decoder.py codec.npz photo.lic photo.png
+
+No torch and nothing of lic: what a port to another framework has to do, at one place and slowly.
+Images are (H, W, 3), latents and weights are channels first, one image at a time.
+"""
+
+import json
+import struct
+import sys
+import zlib
+
+import constriction
+import numpy as np
+
+HEADER = struct.Struct("<4sBHII8sIIIIII")
+LOG_SCALE_MIN, LOG_SCALE_STEP = np.log(0.11), (np.log(256.0) - np.log(0.11)) / 63
+PEDESTAL, BETA_MIN = 2.0**-36, 1e-6
+
+
+def conv(x, weight, bias, stride):
+    """Cross-correlation with zero padding k // 2: x (in, h, w), weight (out, in, k, k)."""
+    k = weight.shape[2]
+    x = np.pad(x, ((0, 0), (k // 2, k // 2), (k // 2, k // 2)))
+    windows = np.lib.stride_tricks.sliding_window_view(x, (k, k), axis=(1, 2))[:, ::stride, ::stride]
+    return np.tensordot(weight, windows, axes=([1, 2, 3], [0, 3, 4])) + bias[:, None, None]
+
+
+def deconv(x, weight, bias):
+    """ConvTranspose2d 5x5, stride 2, padding 2, output padding 1: x (in, h, w), weight (in, out, 5, 5).
+
+    Input pixel (i, j) adds weight times its value to the outputs (2i - 2 .. 2i + 2, 2j - 2 .. 2j + 2). The same
+    as zeros between the pixels and a convolution with the kernel turned by 180 degrees.
+    """
+    spread = np.zeros((x.shape[0], 2 * x.shape[1], 2 * x.shape[2]), x.dtype)
+    spread[:, ::2, ::2] = x
+    return conv(spread, weight.transpose(1, 0, 2, 3)[:, :, ::-1, ::-1], bias, stride=1)
+
+
+def gdn(x, beta, gamma, inverse):
+    """beta and gamma as stored: square roots, bounded from below. x (C, h, w), gamma (out, in)."""
+    beta = np.maximum(beta, (BETA_MIN + PEDESTAL) ** 0.5) ** 2 - PEDESTAL
+    gamma = np.maximum(gamma, PEDESTAL**0.5) ** 2 - PEDESTAL
+    energy = beta[:, None, None] + np.tensordot(gamma, x * x, axes=1)
+    return x * np.sqrt(energy) if inverse else x / np.sqrt(energy)
+
+
+class Decoder:
+    """arrays: what `python -m lic export` writes."""
+
+    def __init__(self, arrays):
+        self.arrays = arrays
+        about = json.loads(str(arrays["about"]))
+        self.fingerprint = bytes.fromhex(about["fingerprint"])[:8]
+        self.widths = about["config"]["widths"]
+        self.quantized = about["quantization"] is not None
+
+    def layer(self, name, x):
+        """One convolution in x's precision; the input ranges of a quantized codec are those of docs/bitstream.md."""
+        weight = self.arrays[f"{name}.weight"].astype(x.dtype)
+        bias = self.arrays[f"{name}.bias"].astype(x.dtype)
+        if self.quantized:
+            weight = weight * self.arrays[f"{name}.weight_scale"].astype(x.dtype)
+            if name not in ("h_s.conv1", "g_s.conv1"):
+                low, high = (0, 255) if name.startswith("h_s") else (-128, 127)
+                scale = self.arrays[f"{name}.input_scale"].astype(x.dtype)
+                x = np.clip(np.rint(x / scale), low, high) * scale
+        return conv(x, weight, bias, stride=1) if name == "h_s.conv3" else deconv(x, weight, bias)
+
+    def h_s(self, z_hat):
+        """z_hat (Z, h, w) integers -> mean, log_scale (M, 4h, 4w) float64."""
+        x = np.maximum(self.layer("h_s.conv1", z_hat.astype(np.float64)), 0)
+        x = np.maximum(self.layer("h_s.conv2", x), 0)
+        return np.split(self.layer("h_s.conv3", x), 2)
+
+    def g_s(self, y):
+        """y (M, h, w) float32, gains undone -> x_hat (3, 16h, 16w)."""
+        for k in (1, 2, 3):
+            y = self.layer(f"g_s.conv{k}", y)
+            y = gdn(y, self.arrays[f"g_s.gdn{k}.beta"], self.arrays[f"g_s.gdn{k}.gamma"], inverse=True)
+        return self.layer("g_s.conv4", y) + np.float32(0.5)
+
+    def symbols(self, kind, words, escapes, table_index):
+        """Entropy decoding: integers in the order of table_index, which names the table of each."""
+        counts, sizes, offsets = (self.arrays[f"tables.{kind}.{field}"] for field in ("counts", "sizes", "offsets"))
+        starts = np.concatenate([[0], np.cumsum(sizes)])
+        ans = constriction.stream.stack.AnsCoder(words.astype(np.uint32))
+        symbols = np.empty(len(table_index), np.int32)
+        escapes = list(escapes)
+        for t in np.unique(table_index):
+            places = np.flatnonzero(table_index == t)
+            p = counts[starts[t] : starts[t + 1]] - 1.0  # with perfect=False: exactly the stored counts
+            entries = ans.decode(constriction.stream.model.Categorical(p, perfect=False), len(places))
+            symbols[places] = [escapes.pop(0) if k == sizes[t] - 1 else k + offsets[t] for k in entries]
+        if escapes or not ans.is_empty():
+            raise ValueError("the entropy-coded data does not end where it must")
+        return symbols
+
+    def decode(self, data):
+        """bytes -> z and y symbols (flat int32) and the image (H, W, 3) uint8; ValueError for a bad file."""
+        magic, version, quality, H, W, fingerprint, *lengths, symbols_crc, crc = HEADER.unpack_from(data)
+        if magic != b"LIC\x89" or version != 1 or fingerprint != self.fingerprint:
+            raise ValueError("not a file of this codec")
+        if len(data) != 47 + 4 * sum(lengths) or zlib.crc32(data[47:], zlib.crc32(data[:43])) != crc:
+            raise ValueError("the file is damaged")
+        payload = np.split(np.frombuffer(data, "<u4", offset=47), np.cumsum(lengths)[:-1])
+        z_words, y_words, z_escapes, y_escapes = payload
+        h, w = -(-H // 64), -(-W // 64)
+
+        z_index = np.repeat(np.arange(self.widths["z"]), h * w)
+        z = self.symbols("z", z_words, z_escapes.view("<i4"), z_index)
+        mean, log_scale = self.h_s(z.reshape(-1, h, w))
+        y_index = np.clip(np.rint((log_scale - LOG_SCALE_MIN) / LOG_SCALE_STEP), 0, 63).astype(int)
+        y = self.symbols("y", y_words, y_escapes.view("<i4"), y_index.ravel())
+        if zlib.crc32(y.astype("<i4"), zlib.crc32(z.astype("<i4"), zlib.crc32(data[:39]))) != symbols_crc:
+            raise ValueError("the symbols are not the encoder's")
+
+        log_gains = self.arrays["log_inverse_gain"]
+        low, fraction = divmod(quality / 256, 1)
+        high = min(int(low) + 1, len(log_gains) - 1)
+        inverse_gain = np.exp(log_gains[int(low)] * (1 - fraction) + log_gains[high] * fraction)
+        y_hat = (y.reshape(mean.shape) + mean).astype(np.float32)
+        x_hat = self.g_s(y_hat * inverse_gain.astype(np.float32)[:, None, None])[:, :H, :W]
+        return z, y, np.rint(255 * np.clip(x_hat, 0, 1)).astype(np.uint8).transpose(1, 2, 0)
+
+
+if __name__ == "__main__":
+    from PIL import Image  # only to write the PNG
+
+    archive, compressed, png = sys.argv[1:]
+    with open(compressed, "rb") as file:
+        _, _, pixels = Decoder(dict(np.load(archive))).decode(file.read())
+    Image.fromarray(pixels).save(png)

@@ -1,0 +1,149 @@
+"""What files on disk decode to must never change: golden files, and a decoder without torch."""
+
+import re
+import struct
+import subprocess
+import sys
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from golden.make import FOLDER, Recorder
+from helpers import ROOT, run_script
+from numpy_decoder import Decoder, conv, deconv, gdn
+
+from lic import coder
+from lic.bitstream import HEADER, ImageCoder, padded
+from lic.checkpoint import load
+from lic.images import read_image
+from lic.metrics import psnr
+
+FILES = sorted(path.name for path in FOLDER.glob("*.lic"))
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return dict(np.load(FOLDER / "decoded.npz"))
+
+
+def decoder_of(name):
+    model, meta = load(FOLDER / f"{name.split('_')[0]}.pt")
+    return ImageCoder(model, meta["tables"], meta["fingerprint"])
+
+
+def test_the_golden_files_are_no_trivial_ones(golden):
+    assert len(FILES) == 6
+    assert all(np.unique(golden[f"{name}.y"]).size >= 3 for name in FILES)
+    assert np.abs(golden["codec_noise_2.lic.y"]).max() > 100
+    assert struct.unpack_from("<II", (FOLDER / "codec_noise_2.lic").read_bytes(), 31) > (0, 0)  # escapes of z, of y
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_golden_files_decode_to_the_same_symbols_and_pixels(name, golden):
+    with Recorder() as symbols:
+        pixels = decoder_of(name).decompress((FOLDER / name).read_bytes())
+    assert np.array_equal(symbols[0], golden[f"{name}.z"]) and np.array_equal(symbols[1], golden[f"{name}.y"])
+    assert np.abs(pixels.astype(int) - golden[f"{name}.pixels"]).max() <= 1
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_numpy_decoder_gives_the_same_symbols_and_pixels(name, golden):
+    decoder = Decoder(dict(np.load(FOLDER / f"{name.split('_')[0]}.npz")))
+    z, y, pixels = decoder.decode((FOLDER / name).read_bytes())
+    assert np.array_equal(z, golden[f"{name}.z"]) and np.array_equal(y, golden[f"{name}.y"])
+    assert np.abs(pixels.astype(int) - golden[f"{name}.pixels"]).max() <= 1
+
+
+def test_numpy_decoder_runs_from_the_command_line_without_torch(tmp_path, golden):
+    code = (f"import sys, runpy; sys.modules['torch'] = None; sys.argv = ['', *{[str(FOLDER / 'codec.npz')]!r}, "
+            f"{str(FOLDER / 'codec_leaves_0.lic')!r}, {str(tmp_path / 'a.png')!r}]; "
+            f"runpy.run_path({str(ROOT / 'tests' / 'numpy_decoder.py')!r}, run_name='__main__')")  # fmt: skip
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert np.abs(read_image(tmp_path / "a.png").astype(int) - golden["codec_leaves_0.lic.pixels"]).max() <= 1
+
+
+@pytest.mark.parametrize("codec", ["codec", "quantized"])
+def test_export_gives_the_golden_archives(codec, tmp_path):
+    path = tmp_path / "a.npz"
+    subprocess.run([sys.executable, "-m", "lic", "export", str(path), "--checkpoint", str(FOLDER / f"{codec}.pt")],
+                   cwd=ROOT, check=True)  # fmt: skip
+    exported, expected = dict(np.load(path)), dict(np.load(FOLDER / f"{codec}.npz"))
+    assert exported.keys() == expected.keys()
+    for name, array in expected.items():
+        assert exported[name].dtype == array.dtype and np.array_equal(exported[name], array), name
+    if codec == "quantized":
+        assert exported["g_s.conv2.weight"].dtype == np.int8
+
+
+@pytest.mark.parametrize("name", [n for n in FILES if "noise" not in n])  # those were written with outliers forced
+def test_encoding_again_differs_in_few_symbols_and_no_quality(name, golden):
+    """Another machine may round a y the other way, and is right to."""
+    codec, image, quality = name.removesuffix(".lic").split("_")
+    image_coder, image = decoder_of(name), read_image(FOLDER / f"{image}.png")
+    with Recorder() as symbols:
+        pixels = image_coder.decompress(image_coder.compress(image, float(quality)))
+    changed = (symbols[1] != golden[f"{name}.y"]).sum() + (symbols[0] != golden[f"{name}.z"]).sum()
+    assert changed <= 2
+    assert abs(psnr(pixels, image) - psnr(golden[f"{name}.pixels"], image)) < 0.02
+
+
+def test_settings_of_the_decoder_change_no_symbol(tmp_path, monkeypatch, capsys):
+    """tests/exactness.py on one image; on Kodak its table is in docs/results.md."""
+    (tmp_path / "leaves.png").write_bytes((FOLDER / "leaves.png").read_bytes())
+    assert run_script(monkeypatch, "tests/exactness.py", "--data", tmp_path, "--checkpoint", FOLDER / "codec.pt") == 0
+    rows = re.findall(r"^(1 thread|oneDNN off|NCHW|batch of 3) +(\d+) +(\d+)", capsys.readouterr().out, re.MULTILINE)
+    assert len(rows) == 6 and {wrong for setting, tried, wrong in rows[:4]} == {"0"}
+
+
+def layers():
+    return dict(np.load(FOLDER / "layers.npz"))
+
+
+def test_layer_vectors_are_what_the_codec_computes():
+    model, _ = load(FOLDER / "codec.pt")
+    expected, seen = layers(), {}
+    for name in expected:
+        if "." in name:
+            model.get_submodule(name).register_forward_hook(lambda *hooked, name=name: seen.update({name: hooked[2]}))
+    with torch.no_grad():
+        model(padded(read_image(FOLDER / "leaves.png")[:64, :64]), torch.tensor([1.0]))
+    assert len(seen) == len(expected) - 4 == 24
+    for name, output in seen.items():
+        torch.testing.assert_close(output, torch.from_numpy(expected[name]), atol=1e-4, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("name", [name for name in layers() if "." in name])
+def test_layer_vectors_are_what_plain_numpy_computes(name):
+    """Each layer by itself, from the output before it: the vectors and formulas that a port starts from."""
+    vectors, arrays = layers(), dict(np.load(FOLDER / "codec.npz"))
+    names = list(vectors)
+    x = vectors[names[names.index(name) - 1]][0].astype(np.float64)
+    network, layer = name.split(".")
+    if layer.startswith("gdn"):
+        output = gdn(x, arrays[f"{name}.beta"], arrays[f"{name}.gamma"], inverse=network == "g_s")
+    elif layer.startswith("relu"):
+        output = np.maximum(x, 0)
+    elif network == "g_s" or name in ("h_s.conv1", "h_s.conv2"):
+        output = deconv(x, arrays[f"{name}.weight"], arrays[f"{name}.bias"])
+    else:
+        output = conv(x, arrays[f"{name}.weight"], arrays[f"{name}.bias"], 1 if name in ("h_a.conv1", "h_s.conv3") else 2)
+    np.testing.assert_allclose(vectors[name][0], output, atol=1e-4, rtol=1e-4)
+
+
+def test_the_worked_example_of_the_format_page(golden):
+    """docs/bitstream.md prints a file byte by byte; here it is made from its symbols."""
+    page = (ROOT / "docs" / "bitstream.md").read_text(encoding="utf-8")
+    block = page.split("## Worked example")[1].split("```")[1]
+    example = bytes.fromhex("".join(re.match(r"([0-9a-f]{2} *)*(?= |$)", line)[0] for line in block.splitlines()))
+    name = "codec_pixel_1.lic"
+    assert example == (FOLDER / name).read_bytes()
+
+    image_coder, (z, y) = decoder_of(name), (golden[f"{name}.{kind}"] for kind in "zy")
+    _, y_index = image_coder._entropy_parameters(z.reshape(-1, 1, 1))
+    z_words, _ = coder.encode(z, np.arange(len(z), dtype=np.uint8), image_coder.tables["z"])
+    y_words, _ = coder.encode(y, y_index, image_coder.tables["y"])
+    fields = HEADER.pack(b"LIC\x89", 1, 256, 1, 1, image_coder.fingerprint, len(z_words), len(y_words), 0, 0, 0, 0)[:39]
+    fields += struct.pack("<I", zlib.crc32(y.astype("<i4"), zlib.crc32(z.astype("<i4"), zlib.crc32(fields))))
+    words = z_words.astype("<u4").tobytes() + y_words.astype("<u4").tobytes()
+    assert example == fields + struct.pack("<I", zlib.crc32(fields + words)) + words
