@@ -23,15 +23,20 @@ HELD_OUT = 16
 def read_image(path):
     """(H, W, 3) uint8 RGB of any file that Pillow opens; raises LicError naming the file.
 
-    Turned as EXIF says; 16-bit grey is scaled, not clipped; transparency is composited on
-    white; of an animation, the first frame.
+    Turned as EXIF says; 16 bits are scaled to 8, not clipped (grey rounded here, colour truncated by
+    Pillow); transparency is composited on white; CMYK is converted without a colour profile; of an
+    animation, the first frame. Floating-point and 32-bit images have no known white and are refused.
     """
     try:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)
             if image.mode.startswith("I"):  # 16-bit grey, which convert("RGB") would clip to white
-                grey = np.rint(np.asarray(image, dtype=np.float64) / 257).clip(0, 255).astype(np.uint8)
-                return np.repeat(grey[:, :, None], 3, axis=2)
+                grey = np.rint(np.asarray(image, dtype=np.float64) / 257)
+                if grey.min() < 0 or grey.max() > 255:
+                    raise ValueError("its values do not fit 16 bits")
+                return np.repeat(grey.astype(np.uint8)[:, :, None], 3, axis=2)
+            if image.mode == "F":
+                raise ValueError("floating-point pixels; convert it to 8 or 16 bits first")
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 white = Image.new("RGBA", image.size, "white")

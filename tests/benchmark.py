@@ -44,6 +44,31 @@ def entropy_coding(tables):
           f"encode {encode:.1f} ms, decode {decode:.1f} ms")  # fmt: skip
 
 
+def where_the_time_goes(image_coder, image, data, runs=5):
+    """Milliseconds of the networks, h_s and the entropy coder in one compress and one decompress."""
+    spent = {}
+
+    def timed(name, function):
+        def call(*arguments):
+            start = time.perf_counter()
+            result = function(*arguments)
+            spent[name] = spent.get(name, 0) + 1000 * (time.perf_counter() - start) / runs
+            return result
+
+        return call
+
+    for name in ("g_a", "h_a", "g_s"):
+        network = getattr(image_coder.model, name)
+        network.forward = timed(name, network.forward)
+    image_coder.h_s.forward = timed("h_s (float64)", image_coder.h_s.forward)
+    coder.encode, coder.decode = timed("entropy coding", coder.encode), timed("entropy coding", coder.decode)
+    for verb, function in (("compress", lambda: image_coder.compress(image, 2)), ("decompress", lambda: image_coder.decompress(data))):
+        spent.clear()
+        for _ in range(runs):
+            timed("all", function)()
+        print(f"{verb}: " + ", ".join(f"{name} {ms:.0f} ms" for name, ms in spent.items()))
+
+
 def training_step():
     model = Codec(preset_config("small")).to(memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
@@ -73,6 +98,7 @@ def main():
     data = image_coder.compress(image, 2)
     print(f"768x512, base widths, everything: compress {median_ms(lambda: image_coder.compress(image, 2), 5):.0f} ms, "
           f"decompress {median_ms(lambda: image_coder.decompress(data), 5):.0f} ms")  # fmt: skip
+    where_the_time_goes(image_coder, image, data)
     training_step()
     large = np.random.default_rng(0).integers(0, 256, (1600, 2560, 3), dtype=np.uint8)
     image_coder.decompress(image_coder.compress(large, 2))

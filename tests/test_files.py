@@ -1,6 +1,8 @@
 """The borders: images of every mode, checkpoints that are none, and one sentence for each error."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -47,19 +49,63 @@ def test_every_mode_becomes_rgb(tmp_path, mode):
     assert image.shape == (32, 32, 3) and image.dtype == np.uint8 and image.std() > 10
 
 
-@pytest.mark.parametrize("name, data", [("text.png", b"hello"), ("empty.jpg", b"")])
-def test_unreadable_image_is_named(tmp_path, name, data):
-    (tmp_path / name).write_bytes(data)
-    with pytest.raises(LicError, match=name):
-        read_image(tmp_path / name)
+def test_16_bit_colour_is_scaled_not_clipped(tmp_path):
+    """Written by hand: Pillow writes no 16-bit colour PNG."""
+    pixels = np.array([[[0, 257 * 100, 65535], [257 * 200, 300, 0]]], ">u2")
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0)
+    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" + pixels.tobytes()))
+    (tmp_path / "a.png").write_bytes(data + chunk(b"IEND", b""))
+    assert read_image(tmp_path / "a.png").tolist() == [[[0, 100, 255], [200, 1, 0]]]
 
 
-def test_truncated_image_is_named(tmp_path):
+def test_palette_transparency_is_composited_on_white(tmp_path):
+    image = Image.fromarray(np.array([[0, 1]], np.uint8), mode="P")
+    image.putpalette([200, 0, 0, 0, 200, 0])
+    image.save(tmp_path / "a.png", transparency=1)
+    assert read_image(tmp_path / "a.png").tolist() == [[[200, 0, 0], [255, 255, 255]]]
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp", "png"])
+def test_of_an_animation_the_first_frame_is_taken(tmp_path, suffix):
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ((250, 0, 0), (0, 0, 250))]
+    frames[0].save(tmp_path / f"a.{suffix}", save_all=True, append_images=frames[1:], **({"lossless": True} if suffix == "webp" else {}))
+    assert (read_image(tmp_path / f"a.{suffix}") == [250, 0, 0]).all()
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+def test_progressive_jpeg_in_every_colour_space(tmp_path, mode):
+    original = Image.fromarray(dead_leaves(0, 64)).convert(mode)
+    original.save(tmp_path / "a.jpg", progressive=True, quality=100, subsampling=0)
+    difference = read_image(tmp_path / "a.jpg") - np.asarray(original.convert("RGB"), np.float64)
+    assert np.abs(difference).mean() < 1.5
+
+
+@pytest.mark.parametrize("array, sentence", [
+    (np.full((4, 4), 0.5, np.float32), "floating-point"), (np.full((4, 4), 70000, np.int32), "16 bits"),
+])  # fmt: skip
+def test_images_without_a_known_white_are_refused(tmp_path, array, sentence):
+    with pytest.raises(LicError, match=f"a.tif.*{sentence}"):
+        read_image(save_image(tmp_path / "a.tif", array))
+
+
+@pytest.mark.filterwarnings("ignore:Truncated File Read")
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF", "GIF"])
+def test_truncated_and_foreign_images_are_named_at_every_cut(tmp_path, kind):
+    """No cut raises anything but the codec's own error, and none that loses pixels gives an image."""
     buffer = io.BytesIO()
-    Image.fromarray(dead_leaves(0, 64)).save(buffer, format="PNG")
-    (tmp_path / "cut.png").write_bytes(buffer.getvalue()[:-2000])
-    with pytest.raises(LicError, match="cut.png"):
-        read_image(tmp_path / "cut.png")
+    Image.fromarray(dead_leaves(0, 64)).save(buffer, format=kind)
+    data, path = buffer.getvalue(), tmp_path / "cut.img"
+    for cut in range(0, len(data) - len(data) // 4, max(1, len(data) // 97)):
+        path.write_bytes(data[:cut])
+        with pytest.raises(LicError, match="cut.img"):
+            read_image(path)
+    path.write_bytes(b"hello, this is text")
+    with pytest.raises(LicError, match="cut.img"):
+        read_image(path)
 
 
 def test_folders_are_searched_recursively_and_must_hold_images(tmp_path, photos):

@@ -88,6 +88,15 @@ def test_encoding_again_differs_in_few_symbols_and_no_quality(name, golden):
     assert abs(psnr(pixels, image) - psnr(golden[f"{name}.pixels"], image)) < 0.02
 
 
+def test_four_megapixels_come_back_in_their_size():
+    image = np.tile(read_image(FOLDER / "leaves.png"), (29, 23, 1))[:2559, :1601]
+    image_coder = decoder_of("codec")
+    data = image_coder.compress(image, 2)
+    decoded = image_coder.decompress(data)
+    assert decoded.shape == image.shape
+    assert psnr(decoded, image) > psnr(np.full_like(image, 128), image) + 3
+
+
 def test_settings_of_the_decoder_change_no_symbol(tmp_path, monkeypatch, capsys):
     """tests/exactness.py on one image; on Kodak its table is in docs/results.md."""
     (tmp_path / "leaves.png").write_bytes((FOLDER / "leaves.png").read_bytes())
