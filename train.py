@@ -20,7 +20,7 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="tiny", help="widths and lambdas (default: tiny)")
     parser.add_argument("--lambdas", type=float, nargs="+", help="one a rate level, rising (default: the preset's)")
-    add_training_arguments(parser, steps=1000, lr=1e-3, out="runs/base.pt")
+    add_training_arguments(parser, steps=1000, lr=2e-3, out="runs/base.pt")
     return parser.parse_args()
 
 

@@ -7,7 +7,7 @@ for the rate and straight-through rounding for what enters g_s (Minnen and Singh
 arXiv:2007.08739). One optimizer, no auxiliary loss.
 
 An exact resume needs no saved random state: each step draws from a generator seeded with
-(seed, step), and the learning rate is a function of the step alone.
+(seed, step), and the learning rate is a function of the step and the number of steps.
 """
 
 import io
@@ -21,8 +21,7 @@ import torch
 
 from lic.files import LicError, read_bytes, write_bytes
 from lic.images import random_crops
-
-CLIP_NORM = 1.0  # without clipping a rate of 1e-3 can diverge
+from lic.optimizer import Optimizer
 
 
 class Interrupted(LicError):
@@ -98,12 +97,19 @@ def mean_loss(model, x, amp=False):
 
 
 def learning_rate(step, steps, peak):
-    """Linear warm-up over the first 2 % (at most 500 steps), then a cosine down to peak / 50."""
+    """Linear warm-up over the first 2 % (at most 500 steps), constant, then linear to peak / 50 over the last 40 %.
+
+    Until the decline begins it does not depend on `steps`, so that a run can be prolonged (see `fit`).
+    """
     warmup = min(500, max(1, steps // 50))
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
-    return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+    decline = decline_begins(steps)
+    if step < decline:
+        return peak * min(1, (step + 1) / warmup)
+    return peak * (1 - 0.98 * (step - decline) / max(1, steps - decline))
+
+
+def decline_begins(steps):
+    return steps * 3 // 5
 
 
 def fit(model, train, held_out, args, parent=None):
@@ -112,13 +118,14 @@ def fit(model, train, held_out, args, parent=None):
     train: list of (H, W, 3) uint8; held_out: (B, 3, H, W), whose J is printed at each save; parent:
     fingerprint of the checkpoint that the weights came from, so that --resume notices another.
     Saves to OUT.state at intervals and on Ctrl-C or SIGTERM, then raises Interrupted; raises
-    LicError at the first loss that is not finite.
+    LicError at the first loss that is not finite. --resume takes other args.steps until the decline of the
+    learning rate has begun.
     """
     if args.device == "cuda" and not torch.cuda.is_available():
         raise LicError("--device cuda: this torch sees no GPU; leave the option out")
     model.to(args.device, memory_format=torch.channels_last)
     held_out = held_out.to(args.device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
+    optimizer = Optimizer(model)
     settings = {k: vars(args)[k] for k in ("data", "steps", "batch", "crop", "lr", "amp", "seed")}
     settings |= {"config": model.config, "quantization": model.quantization, "parent": parent}
     state_path = args.out + ".state"
@@ -135,8 +142,6 @@ def fit(model, train, held_out, args, parent=None):
         torch.manual_seed(int(rng.integers(2**63)))  # the noise
         x = random_crops(train, args.batch, args.crop, rng).to(args.device)  # (B, 3, crop, crop)
         level = torch.from_numpy(rng.integers(len(lambdas), size=args.batch)).to(args.device)  # (B,)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args.steps, args.lr)
 
         model.train()
         with torch.autocast(x.device.type, torch.bfloat16, enabled=args.amp):
@@ -145,10 +150,8 @@ def fit(model, train, held_out, args, parent=None):
         loss = (weights[level] * J).mean()
         if not torch.isfinite(loss):
             raise LicError(f"the loss is {loss.item()} at step {step}; start again with a smaller --lr")
-        optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
-        optimizer.step()
+        optimizer.step(learning_rate(step, args.steps, args.lr))
 
         with torch.no_grad():
             progress.update(step + 1, loss=loss, bpp_y=y_bpp.mean(), bpp_z=z_bpp.mean(),
@@ -201,6 +204,8 @@ def load_state(path, model, optimizer, settings):
     try:
         state = torch.load(io.BytesIO(read_bytes(path)), weights_only=True, map_location="cpu")
         changed = sorted(k for k in settings if settings[k] != state["settings"].get(k))
+        if changed == ["steps"] and state["step"] <= decline_begins(min(settings["steps"], state["settings"]["steps"])):
+            changed = []  # the rate was the same so far, whichever the number of steps
     except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise LicError(f"{path} holds no training state; start without --resume") from error
     if changed:

@@ -1,0 +1,79 @@
+"""The loss, the optimizer and the schedule."""
+
+import numpy as np
+import pytest
+import torch
+from helpers import lively_codec, photo_like
+
+from lic.files import LicError
+from lic.optimizer import Optimizer
+from lic.training import learning_rate, load_state, rate_distortion, save_state
+
+
+def test_learning_rate_warms_up_stays_and_declines_to_a_fiftieth():
+    rates = np.array([learning_rate(step, 1000, 1.0) for step in range(1001)])
+    assert rates[0] == pytest.approx(1 / 20) and (np.diff(rates[:20]) > 0).all()
+    assert (rates[20:600] == 1).all()
+    assert (np.diff(rates[600:]) < 0).all() and rates[-1] == pytest.approx(0.02)
+
+
+def one_step(lr, scale=1.0):
+    """Parameters before and after one step along a random gradient of every rank."""
+    model = lively_codec().to(memory_format=torch.channels_last)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = Optimizer(model)
+    torch.manual_seed(0)
+    for p in model.parameters():
+        p.grad = scale * torch.randn_like(p)
+    optimizer.step(lr)
+    return before, dict(model.named_parameters())
+
+
+def test_every_parameter_is_trained_by_exactly_one_optimizer():
+    model = lively_codec()
+    optimizer = Optimizer(model.to(memory_format=torch.channels_last))
+    assert len(optimizer.kernels) == 14 and all(p.ndim == 4 for p in optimizer.kernels)
+    assert {id(p) for p in optimizer.kernels + optimizer.others} == {id(p) for p in model.parameters()}
+    assert all(m.data_ptr() == k.data_ptr() for m, k in zip(optimizer.matrices, optimizer.kernels))
+
+
+def test_one_step_moves_everything_and_a_kernel_in_all_directions_alike():
+    before, after = one_step(1e-3)
+    for name, p in after.items():
+        assert not torch.equal(p, before[name]) and p.grad is None, name
+        if p.ndim == 4:
+            step = (p.detach() - before[name]).flatten(1)
+            values = torch.linalg.svdvals(step) / (0.2 * 1e-3 * max(step.shape) ** 0.5)
+            assert 0.4 < values.min() and values.max() < 1.4, name  # orthogonal but for 5 Newton-Schulz iterations
+
+
+def test_a_kernels_step_does_not_depend_on_the_size_of_the_gradient():
+    _, a = one_step(1e-3)
+    _, b = one_step(1e-3, scale=128.0)
+    assert torch.equal(a["g_s.conv2.weight"], b["g_s.conv2.weight"])
+
+
+def test_a_run_is_prolonged_only_before_its_rate_declines(tmp_path):
+    model = lively_codec().to(memory_format=torch.channels_last)
+    optimizer, path = Optimizer(model), tmp_path / "a.state"
+    save_state(path, model, optimizer, 60, {"steps": 100, "lr": 0.1})
+    assert load_state(path, model, optimizer, {"steps": 200, "lr": 0.1}) == 60
+    for settings in ({"steps": 99, "lr": 0.1}, {"steps": 200, "lr": 0.2}):
+        with pytest.raises(LicError, match="made with another"):
+            load_state(path, model, optimizer, settings)
+    save_state(path, model, optimizer, 61, {"steps": 100, "lr": 0.1})
+    with pytest.raises(LicError, match="another steps"):
+        load_state(path, model, optimizer, {"steps": 200, "lr": 0.1})
+
+
+def test_steps_lower_the_loss():
+    torch.manual_seed(0)
+    model = lively_codec().to(memory_format=torch.channels_last)
+    optimizer, x, losses = Optimizer(model), photo_like(), []
+    for _ in range(30):
+        model.train()
+        loss = rate_distortion(model(x, torch.tensor([1.0])), x, 0.01)[0].mean()
+        loss.backward()
+        optimizer.step(1e-3)
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
