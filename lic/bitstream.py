@@ -1,8 +1,9 @@
 """image -> bytes -> image. The format, byte by byte, is in docs/bitstream.md.
 
 What must agree between the encoder's machine and the decoder's is the table of each symbol.
-It comes from h_s, so h_s runs on the CPU in float64: an ordinary float32 convolution differs
-in its last bits between machines, and one flipped table index scrambles the rest of the file.
+It comes from h_s: an ordinary float32 convolution differs in its last bits between machines, and
+one flipped table index scrambles the rest of the file. So h_s runs on the CPU, in float64, or in a
+quantized codec in exact integers (integer.py).
 The mean of a Gaussian never enters the coder; last-bit differences there move a pixel by nothing.
 
 g_a, h_a and g_s may run anywhere, in any precision: the decoder never repeats the first two.
@@ -20,6 +21,7 @@ from lic import coder
 from lic.entropy import LOG_SCALE_MIN, LOG_SCALE_STEP, SCALE_LEVELS
 from lic.files import BadStream, LicError
 from lic.images import to_tensor
+from lic.integer import MAX_SYMBOL, IntegerHyperSynthesis, freeze_h_s
 from lic.models import STRIDE
 
 MAGIC, VERSION = b"LIC\x89", 1
@@ -27,7 +29,6 @@ MAGIC, VERSION = b"LIC\x89", 1
 # words of z and y, escapes of z and y, CRC-32 of fields and symbols, CRC-32 of the file without this field
 HEADER = struct.Struct("<4sBHII8sIIIIII")
 MAX_PIXELS = 2**25  # after padding; tests/benchmark.py prints what 4 megapixels take at base widths
-MAX_SYMBOL = 2**30
 
 
 @torch.no_grad()
@@ -35,8 +36,11 @@ def build_tables(model):
     """The coder's tables for z (one a channel) and y (one a scale), as coder.Tables.
 
     Called once, when a checkpoint is saved. The tables travel with the weights because a decoder
-    that computes them anew on another machine may round a count the other way.
+    that computes them anew on another machine may round a count the other way. For the same reason
+    the integers of a quantized model's h_s are derived here, in place.
     """
+    if model.quantization:
+        freeze_h_s(model)
     prior = copy.deepcopy(model.prior_z).cpu().double()
     channels = model.config["widths"]["z"]
 
@@ -69,16 +73,20 @@ class ImageCoder:
 
     def __init__(self, model, tables, fingerprint):
         self.model = model.eval()
-        self.h_s = copy.deepcopy(model.h_s).cpu().double()
+        h_s = IntegerHyperSynthesis(model.h_s) if model.quantization else copy.deepcopy(model.h_s).double()
+        self.h_s = h_s.cpu()
         self.tables = tables
         self.fingerprint = bytes.fromhex(fingerprint)[:8]
 
     def _entropy_parameters(self, z_hat):
         """z_hat (Z, h, w) int32 -> mean (1, M, 4h, 4w) float64, table index (M * 4h * 4w,) uint8."""
         z_hat = torch.from_numpy(z_hat).double()[None].contiguous(memory_format=torch.channels_last)
-        mean, log_scale = self.h_s(z_hat).chunk(2, 1)
-        index = self.model.prior_y.scale_index(log_scale).to(torch.uint8)
-        return mean, index.flatten().numpy()
+        if self.model.quantization:
+            mean, index = self.h_s(z_hat)
+        else:
+            mean, log_scale = self.h_s(z_hat).chunk(2, 1)
+            index = self.model.prior_y.scale_index(log_scale)
+        return mean, index.flatten().to(torch.uint8).numpy()
 
     def _z_index(self, h, w):
         return np.repeat(np.arange(self.model.config["widths"]["z"], dtype=np.uint16), h * w)

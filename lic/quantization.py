@@ -6,7 +6,8 @@ Weights: int8 in [-127, 127], one scale an output channel (axis 0 of Conv2d, 1 o
 ConvTranspose2d). Activations: one scale a tensor, [-128, 127], or [0, 255] after a ReLU.
 Scales are chosen for the least squared error over a grid of clipping points. Round half to even.
 On disk the weights are int8 tensors; in memory they are floats on the int8 grid, so that training
-with straight-through gradients and inference are the same code.
+with straight-through gradients and inference are the same code. Only h_s, which decides how a file is
+read, is also computed in integers: integer.py.
 
 What stays float, and why:
     GDN      its sums of squares span too many octaves for 8 bits; a few % of the parameters
@@ -62,6 +63,15 @@ class _Quantized:
         self.register_buffer("weight_scale", torch.ones(shape))
         self.register_buffer("input_scale", torch.ones(()))
         return self
+
+    def attach_integers(self):
+        """Room for what integer.freeze_h_s derives; only h_s has it."""
+        self.register_buffer("integer_bias", torch.zeros(self.out_channels, dtype=torch.int64))
+        self.register_buffer("multiplier", torch.zeros(self.out_channels, dtype=torch.float64))
+
+    def integer_weight(self):
+        """The int8 values of the weight, as float64."""
+        return torch.round(self.weight.detach() / self.weight_scale).clamp(*WEIGHT).double()
 
     def operands(self, x):
         if self.input_range:
@@ -125,8 +135,10 @@ def quantize_layers(model, scales=None):
             quantized.weight_scale.copy_(least_error_scale(rows, *WEIGHT).view_as(quantized.weight_scale))
             if input_range:
                 quantized.input_scale.copy_(scales[name])
+        if network == "h_s":
+            quantized.attach_integers()
         setattr(model.get_submodule(network), layer_name, quantized)
-    model.quantization = {"weight_bits": 8, "activation_bits": 8}
+    model.quantization = {"weight_bits": 8, "activation_bits": 8, "h_s": "integer"}
 
 
 def pack(state_dict):

@@ -19,6 +19,7 @@ from lic.bitstream import ImageCoder, build_tables  # noqa: E402
 from lic.entropy import LOG_SCALE_MIN, LOG_SCALE_STEP  # noqa: E402
 from lic.images import dead_leaves, random_crops  # noqa: E402
 from lic.models import Codec, preset_config  # noqa: E402
+from lic.optimizer import Optimizer  # noqa: E402
 from lic.training import rate_distortion  # noqa: E402
 
 
@@ -71,7 +72,7 @@ def where_the_time_goes(image_coder, image, data, runs=5):
 
 def training_step():
     model = Codec(preset_config("small")).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
+    optimizer = Optimizer(model)
     images = [dead_leaves(seed) for seed in range(4)]
     rng = np.random.default_rng(0)
 
@@ -79,9 +80,8 @@ def training_step():
         x = random_crops(images, 8, 128, rng)
         with torch.autocast("cpu", torch.bfloat16):
             out = model(x, torch.zeros(8))
-        optimizer.zero_grad()
         rate_distortion(out, x, 0.01)[0].mean().backward()
-        optimizer.step()
+        optimizer.step(1e-4)
 
     crops = median_ms(lambda: random_crops(images, 8, 128, rng), 20)
     print(f"training step of small, 8 crops of 128x128, bf16: {median_ms(step, 20):.0f} ms, crops {crops:.1f} ms of it")

@@ -25,6 +25,7 @@ from lic.__main__ import SHIPPED, image_coder  # noqa: E402
 from lic.entropy import LOG_SCALE_MIN, LOG_SCALE_STEP  # noqa: E402
 from lic.files import BadStream, run  # noqa: E402
 from lic.images import find_images, read_image  # noqa: E402
+from lic.integer import IntegerHyperSynthesis  # noqa: E402
 from lic.metrics import psnr  # noqa: E402
 
 
@@ -50,9 +51,10 @@ SETTINGS = {"plain, again": Setting(), "1 thread": Setting(threads=1), "oneDNN o
 
 @torch.inference_mode()
 def indices(h_s, z):
-    """Position of each scale on the grid of tables, before rounding: z (B, Z, h, w) -> (B, M, 4h, 4w) float64."""
-    log_scale = h_s(z).chunk(2, 1)[1]
-    return (log_scale.cpu() - LOG_SCALE_MIN) / LOG_SCALE_STEP
+    """Position of each scale on the grid of tables, in float codecs before rounding: z (B, Z, h, w) -> (B, M, 4h, 4w)."""
+    if isinstance(h_s, IntegerHyperSynthesis):
+        return h_s(z)[1].cpu()
+    return (h_s(z).chunk(2, 1)[1].cpu() - LOG_SCALE_MIN) / LOG_SCALE_STEP
 
 
 def layouts(h_s, z):

@@ -58,22 +58,34 @@ class Decoder:
         self.quantized = about["quantization"] is not None
 
     def layer(self, name, x):
-        """One convolution in x's precision; the input ranges of a quantized codec are those of docs/bitstream.md."""
+        """One convolution in x's precision, with the 8-bit weight and input of a quantized codec made plain."""
         weight = self.arrays[f"{name}.weight"].astype(x.dtype)
         bias = self.arrays[f"{name}.bias"].astype(x.dtype)
         if self.quantized:
-            weight = weight * self.arrays[f"{name}.weight_scale"].astype(x.dtype)
-            if name not in ("h_s.conv1", "g_s.conv1"):
-                low, high = (0, 255) if name.startswith("h_s") else (-128, 127)
-                scale = self.arrays[f"{name}.input_scale"].astype(x.dtype)
-                x = np.clip(np.rint(x / scale), low, high) * scale
+            weight = weight * self.arrays[f"{name}.weight_scale"]
+            if name != "g_s.conv1":
+                scale = self.arrays[f"{name}.input_scale"]
+                x = np.clip(np.rint(x / scale), -128, 127) * scale
         return conv(x, weight, bias, stride=1) if name == "h_s.conv3" else deconv(x, weight, bias)
 
-    def h_s(self, z_hat):
-        """z_hat (Z, h, w) integers -> mean, log_scale (M, 4h, 4w) float64."""
+    def float_h_s(self, z_hat):
+        """z_hat (Z, h, w) integers -> mean (M, 4h, 4w) and table index, in float64."""
         x = np.maximum(self.layer("h_s.conv1", z_hat.astype(np.float64)), 0)
         x = np.maximum(self.layer("h_s.conv2", x), 0)
-        return np.split(self.layer("h_s.conv3", x), 2)
+        mean, log_scale = np.split(self.layer("h_s.conv3", x), 2)
+        return mean, np.clip(np.rint((log_scale - LOG_SCALE_MIN) / LOG_SCALE_STEP), 0, 63)
+
+    def integer_h_s(self, z_hat):
+        """The same for a quantized codec: exact in any order of summation."""
+        x = z_hat.astype(np.float64)
+        for name in ("h_s.conv1", "h_s.conv2", "h_s.conv3"):
+            weight, bias, multiplier = (self.arrays[f"{name}.{field}"].astype(np.float64)
+                                        for field in ("weight", "integer_bias", "multiplier"))  # fmt: skip
+            sums = conv(x, weight, bias, stride=1) if name == "h_s.conv3" else deconv(x, weight, bias)
+            rounded = np.rint(sums * multiplier[:, None, None])
+            x = np.clip(rounded, 0, 255)
+        mean, index = np.split(rounded, 2)
+        return mean / 4096, np.clip(index, 0, 63)
 
     def g_s(self, y):
         """y (M, h, w) float32, gains undone -> x_hat (3, 16h, 16w)."""
@@ -111,9 +123,9 @@ class Decoder:
 
         z_index = np.repeat(np.arange(self.widths["z"]), h * w)
         z = self.symbols("z", z_words, z_escapes.view("<i4"), z_index)
-        mean, log_scale = self.h_s(z.reshape(-1, h, w))
-        y_index = np.clip(np.rint((log_scale - LOG_SCALE_MIN) / LOG_SCALE_STEP), 0, 63).astype(int)
-        y = self.symbols("y", y_words, y_escapes.view("<i4"), y_index.ravel())
+        h_s = self.integer_h_s if self.quantized else self.float_h_s
+        mean, y_index = h_s(z.reshape(-1, h, w))
+        y = self.symbols("y", y_words, y_escapes.view("<i4"), y_index.ravel().astype(int))
         if zlib.crc32(y.astype("<i4"), zlib.crc32(z.astype("<i4"), zlib.crc32(data[:39]))) != symbols_crc:
             raise ValueError("the symbols are not the encoder's")
 

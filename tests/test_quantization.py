@@ -9,6 +9,8 @@ from helpers import lively_codec, photo_like
 
 from lic.bitstream import ImageCoder, build_tables
 from lic.checkpoint import load, save
+from lic.files import LicError
+from lic.integer import IntegerHyperSynthesis
 from lic.quantization import (
     INPUTS,
     SIGNED,
@@ -100,10 +102,80 @@ def test_quantized_checkpoint_is_small_and_decodes_what_it_encodes(quantized, tm
     assert size["int8"] < 0.4 * size["float"]
     assert (tmp_path / "int8.pt").stat().st_size < (tmp_path / "float.pt").stat().st_size
     image = (photo_like()[0].permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
-    tables = {"tables": build_tables(quantized), "fingerprint": meta["fingerprint"]}
-    data = ImageCoder(quantized, **tables).compress(image, 2)
-    decoded = ImageCoder(loaded, meta["tables"], meta["fingerprint"]).decompress(data)
+    data = ImageCoder(quantized, build_tables(quantized), meta["fingerprint"]).compress(image, 2)
+    image_coder = ImageCoder(loaded, meta["tables"], meta["fingerprint"])
+    decoded = image_coder.decompress(data)
+    with torch.no_grad():  # the codec's forward, but with the means of the integer h_s
+        gain, inverse_gain = quantized.gains(torch.tensor([2.0]))
+        y = quantized.g_a(torch.from_numpy(image).permute(2, 0, 1)[None] / 255 - 0.5) * gain
+        mean, _ = IntegerHyperSynthesis(quantized.h_s)(quantized.h_a(y).round().double())
+        y_hat = (torch.round(y - mean) + mean).float()
+        x_hat = (quantized.g_s(y_hat * inverse_gain) + 0.5).clamp(0, 1)[0].permute(1, 2, 0).numpy() * 255
+    assert np.abs(decoded - x_hat).max() < 1.01
+
+
+@pytest.fixture(scope="module")
+def z_hat():
+    """(1, 18, 2, 3) integers in float64, as h_a gives them."""
+    model = lively_codec()
     with torch.no_grad():
-        x = torch.from_numpy(image).permute(2, 0, 1)[None] / 255
-        x_hat = quantized(x, torch.tensor([2.0])).x_hat.clamp(0, 1)[0].permute(1, 2, 0).numpy() * 255
-    assert np.abs(decoded - x_hat).mean() < 0.5
+        return model.h_a(model.g_a(photo_like() - 0.5)).round().double()
+
+
+def test_integer_h_s_computes_what_was_simulated_in_training(quantized, z_hat):
+    build_tables(quantized)
+    with torch.no_grad():
+        mean, index = IntegerHyperSynthesis(quantized.h_s)(z_hat)
+        simulated_mean, log_scale = quantized.h_s(z_hat.float()).chunk(2, 1)
+    assert (mean * 4096 == (mean * 4096).round()).all() and mean.unique().numel() > 1000
+    assert (mean - simulated_mean).abs().mean() < 0.01 * simulated_mean.std()
+    difference = (index - quantized.prior_y.scale_index(log_scale)).abs()
+    assert index.unique().numel() > 10 and difference.max() <= 1 and (difference > 0).double().mean() < 0.02
+
+
+@pytest.mark.filterwarnings("ignore:TF32")
+def test_integer_h_s_gives_the_same_bits_in_any_order_of_summation(quantized, z_hat):
+    """All channels permuted, the batch, the memory layout and the threads changed: not one bit differs. In float64
+    arithmetic on weights that are no integers, one does."""
+    build_tables(quantized)
+    plain = IntegerHyperSynthesis(quantized.h_s)
+    permuted = copy.deepcopy(plain)
+    torch.manual_seed(0)
+    orders = [torch.randperm(weight.shape[0]) for weight in (plain.weight1, plain.weight2)] + [torch.randperm(plain.weight3.shape[1])]
+    permuted.weight1 = plain.weight1[orders[0]][:, orders[1]]
+    permuted.weight2 = plain.weight2[orders[1]][:, orders[2]]
+    permuted.weight3 = plain.weight3[:, orders[2]]
+    for name, order in (("1", orders[1]), ("2", orders[2])):
+        setattr(permuted, f"bias{name}", getattr(plain, f"bias{name}")[order])
+        setattr(permuted, f"multiplier{name}", getattr(plain, f"multiplier{name}")[order])
+    expected = torch.cat(plain(z_hat))
+    assert torch.equal(torch.cat(permuted(z_hat[:, orders[0]])), expected)
+    assert torch.equal(torch.cat([part[1:2] for part in plain(z_hat.repeat(3, 1, 1, 1))]), expected)
+    assert torch.equal(torch.cat(plain.to(memory_format=torch.channels_last)(z_hat)), expected)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert torch.equal(torch.cat(plain(z_hat)), expected)
+    for k in (1, 2, 3):
+        for changed in (plain, permuted):
+            changed.register_buffer(f"weight{k}", getattr(changed, f"weight{k}") * 0.1)
+    a, b = plain(z_hat)[0], permuted(z_hat[:, orders[0]])[0]
+    assert a.unique().numel() > 100 and (a - b).abs().max() <= 2**-12  # the same function, last bits aside
+
+
+@pytest.mark.parametrize("bias", [2.0**40, 2.0**70, float("nan")])
+def test_integer_h_s_sums_stay_below_2_to_53_or_are_refused(quantized, bias):
+    model = copy.deepcopy(quantized)
+    with torch.no_grad():
+        model.h_s.conv3.bias[0] = bias
+    with pytest.raises(LicError, match="too large for exact sums"):
+        build_tables(model)
+
+
+def test_half_way_sums_round_to_even(quantized):
+    """A sum of 0.5 and 1.5 units gives 0 and 2, whatever the platform's habit."""
+    build_tables(quantized)
+    h_s = IntegerHyperSynthesis(quantized.h_s)
+    for name, value in h_s.named_buffers():
+        value.zero_()
+    h_s.bias3[:2], h_s.multiplier3[:] = torch.tensor([1.0, 3.0]), 0.5
+    mean, _ = h_s(torch.zeros(1, 18, 1, 1, dtype=torch.float64))
+    assert (mean[0, 0] * 4096).unique().tolist() == [0] and (mean[0, 1] * 4096).unique().tolist() == [2]
