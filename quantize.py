@@ -13,6 +13,7 @@ from lic.bitstream import build_tables
 from lic.checkpoint import load, save
 from lic.files import check_writable, run
 from lic.images import fixed_crops, load_images
+from lic.integer import freeze_h_s
 from lic.quantization import input_scales, quantize_layers
 from lic.training import add_training_arguments, fit, mean_loss
 
@@ -40,6 +41,7 @@ def main():
 
     for name, J in metrics.items():
         print(f"{name:22}", *(f"{v:.4f}" for v in J))
+    freeze_h_s(model)
     save(args.out, model, build_tables(model), "quantize", vars(args), args.steps, parent=meta, metrics=metrics)
     print(f"wrote {args.out}")
 

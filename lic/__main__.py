@@ -1,4 +1,11 @@
-"""python -m lic compress photo.png photo.lic | decompress photo.lic photo.png | info photo.lic | export codec.npz"""
+"""The codec on the command line.
+
+    python -m lic compress photo.png photo.lic
+    python -m lic decompress photo.lic photo.png
+    python -m lic info photo.lic
+    python -m lic compare photo.png beside.png      a crop beside JPEG and WebP of about as many bytes
+    python -m lic export codec.npz                  weights and tables, for ports
+"""
 
 import argparse
 import io
@@ -12,27 +19,32 @@ from lic.bitstream import HEADER, MAX_PIXELS, ImageCoder, read_header
 from lic.checkpoint import load
 from lic.files import BadStream, LicError, check_writable, read_bytes, run, write_bytes
 from lic.images import read_image
+from lic.metrics import psnr
 from lic.quantization import pack
 
 SHIPPED = Path(__file__).parent.parent / "checkpoints" / "small.pt"
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(prog="python -m lic", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m lic", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, text in (("compress", "image to lic file"), ("decompress", "lic file to PNG")):
+    for name, inputs, text in (("compress", ["input"], "image to lic file"), ("decompress", ["input"], "lic file to PNG"),
+                               ("compare", ["input"], "crops of original, lic, JPEG and WebP side by side, as PNG"),
+                               ("export", [], "checkpoint as a NumPy archive, for ports to other frameworks")):  # fmt: skip
         command = commands.add_parser(name, help=text)
-        command.add_argument("input")
-        command.add_argument("output")
+        for argument in (*inputs, "output"):
+            command.add_argument(argument)
         command.add_argument("--checkpoint", default=SHIPPED, help="the codec (default: the one shipped)")
-        command.add_argument("--max-pixels", type=int, default=MAX_PIXELS,
-                             help=f"refuse larger images, for they need memory (default: {MAX_PIXELS})")  # fmt: skip
-    commands.choices["compress"].add_argument(
-        "--quality", type=float, default=2.0, help="rate level, 0 (smallest file) up; fractions allowed (default: 2)")  # fmt: skip
+    for name in ("compress", "decompress", "compare"):
+        commands.choices[name].add_argument("--max-pixels", type=int, default=MAX_PIXELS,
+                                            help=f"refuse larger images, for they need memory (default: {MAX_PIXELS})")  # fmt: skip
+    for name in ("compress", "compare"):
+        commands.choices[name].add_argument("--quality", type=float, default=2.0,
+                                            help="rate level, 0 (smallest file) up; fractions allowed (default: 2)")  # fmt: skip
+    command = commands.choices["compare"]
+    command.add_argument("--crop", type=int, default=256, help="side of the crop, pixels (default: 256)")
+    command.add_argument("--at", type=int, nargs=2, metavar=("X", "Y"), help="its upper left corner (default: centred)")
     commands.add_parser("info", help="header of a lic file").add_argument("input")
-    command = commands.add_parser("export", help="checkpoint as a NumPy archive, for ports to other frameworks")
-    command.add_argument("output")
-    command.add_argument("--checkpoint", default=SHIPPED, help="the codec (default: the one shipped)")
     return parser.parse_args()
 
 
@@ -70,6 +82,47 @@ def info(args):
           f"escaped symbols {4 * (z_escapes + y_escapes)}")  # fmt: skip
 
 
+def classical(image, form, size):
+    """The best JPEG or WebP of at most `size` bytes, or the smallest there is: quality, bytes, decoded image."""
+
+    def encoded(quality):
+        buffer = io.BytesIO()
+        try:
+            Image.fromarray(image).save(buffer, format=form, quality=quality)
+        except ValueError as error:  # WebP ends at 16,383 pixels a side
+            raise LicError(f"Pillow cannot write this image as {form}: {error}") from error
+        return buffer
+
+    low, high = 0, 100
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if len(encoded(middle).getvalue()) <= size else (low, middle - 1)
+    buffer = encoded(low)
+    return low, len(buffer.getvalue()), np.asarray(Image.open(buffer).convert("RGB"))
+
+
+def compare(args):
+    check_writable(args.output)
+    image = read_image(args.input)
+    height, width = image.shape[:2]
+    x, y = args.at or (max(0, (width - args.crop) // 2), max(0, (height - args.crop) // 2))
+    if not (0 <= x < width and 0 <= y < height and args.crop > 0):
+        raise LicError(f"--crop {args.crop} --at {x} {y} lies outside {args.input}, which is {width}x{height}")
+    coder = image_coder(args.checkpoint)
+    data = coder.compress(image, args.quality, args.max_pixels)
+    rows = [("lic", args.quality, len(data), coder.decompress(data, args.max_pixels))]
+    rows += [(form, *classical(image, form, len(data))) for form in ("JPEG", "WEBP")]
+    for name, quality, size, decoded in rows:
+        print(f"{name:5} quality {quality:<5g} {size:8} bytes {8 * size / (height * width):8.4f} bpp {psnr(image, decoded):8.3f} dB"
+              + ("  more than lic: its smallest" if size > len(data) else ""))  # fmt: skip
+    crops = [picture[y : y + args.crop, x : x + args.crop] for picture in (image, *(row[3] for row in rows))]
+    gap = np.full((crops[0].shape[0], 8, 3), 255, np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(np.concatenate([part for crop in crops for part in (crop, gap)][:-1], axis=1)).save(buffer, format="PNG")
+    write_bytes(args.output, buffer.getvalue())
+    print(f"{args.output}, left to right: original, lic, JPEG, WebP")
+
+
 def export(args):
     """All that decoding needs, as docs/porting.md describes it: tensors (int8 if quantized), tables, config."""
     model, meta = load(args.checkpoint)
@@ -86,7 +139,7 @@ def export(args):
 def main():
     args = parse_args()
     try:
-        {"compress": compress, "decompress": decompress, "info": info, "export": export}[args.command](args)
+        {"compress": compress, "decompress": decompress, "info": info, "compare": compare, "export": export}[args.command](args)
     except BadStream as error:
         raise BadStream(f"{args.input}: {error}") from error
 

@@ -21,10 +21,10 @@ from lic import coder
 from lic.entropy import LOG_SCALE_MIN, LOG_SCALE_STEP, SCALE_LEVELS
 from lic.files import BadStream, LicError
 from lic.images import to_tensor
-from lic.integer import MAX_SYMBOL, IntegerHyperSynthesis, freeze_h_s
+from lic.integer import MAX_SYMBOL, IntegerHyperSynthesis
 from lic.models import STRIDE
 
-MAGIC, VERSION = b"LIC\x89", 1
+MAGIC, VERSION = b"LIC\x89", 2
 # magic, version, quality in 1/256 level, height, width, model fingerprint,
 # words of z and y, escapes of z and y, CRC-32 of fields and symbols, CRC-32 of the file without this field
 HEADER = struct.Struct("<4sBHII8sIIIIII")
@@ -36,11 +36,8 @@ def build_tables(model):
     """The coder's tables for z (one a channel) and y (one a scale), as coder.Tables.
 
     Called once, when a checkpoint is saved. The tables travel with the weights because a decoder
-    that computes them anew on another machine may round a count the other way. For the same reason
-    the integers of a quantized model's h_s are derived here, in place.
+    that computes them anew on another machine may round a count the other way.
     """
-    if model.quantization:
-        freeze_h_s(model)
     prior = copy.deepcopy(model.prior_z).cpu().double()
     channels = model.config["widths"]["z"]
 
@@ -63,9 +60,10 @@ def padded(image):
 
 def _integers(tensor, what):
     """Rounded latent as flat int32, in (channel, row, column) order; refuses what an integer cannot hold."""
+    tensor = tensor.round()
     if not (tensor.isfinite().all() and tensor.abs().max() < MAX_SYMBOL):
         raise LicError(f"the model gives {what} that is not finite or beyond 2^30; its weights are not usable")
-    return tensor.round().to(torch.int32).flatten().numpy()
+    return tensor.to(torch.int32).flatten().numpy()
 
 
 class ImageCoder:

@@ -30,13 +30,12 @@ def read_image(path):
     try:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)
-            if image.mode.startswith("I"):  # 16-bit grey, which convert("RGB") would clip to white
-                grey = np.rint(np.asarray(image, dtype=np.float64) / 257)
-                if grey.min() < 0 or grey.max() > 255:
-                    raise ValueError("its values do not fit 16 bits")
-                return np.repeat(grey.astype(np.uint8)[:, :, None], 3, axis=2)
-            if image.mode == "F":
-                raise ValueError("floating-point pixels; convert it to 8 or 16 bits first")
+            if image.mode.startswith("I;16") or image.mode == "I" and file.format == "PPM":
+                # 16-bit grey, which convert("RGB") would clip to white
+                grey = np.rint(np.asarray(image, dtype=np.float64) / 257).astype(np.uint8)
+                return np.repeat(grey[:, :, None], 3, axis=2)
+            if image.mode in ("I", "F"):
+                raise ValueError("32-bit or floating-point pixels; convert it to 8 or 16 bits first")
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 white = Image.new("RGBA", image.size, "white")

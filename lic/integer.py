@@ -27,8 +27,8 @@ MAX_SYMBOL = 2**30  # |z| and |y - mean| stay below
 def freeze_h_s(model):
     """Derive the integer biases and the multipliers of h_s from its weights and scales, in place.
 
-    bitstream.build_tables calls it: like the tables, its results travel in the checkpoint, because another
-    machine's logarithm might give other ones. Raises LicError if a sum could reach 2^53.
+    The visible call after the last training step. Like the tables, its results travel in the checkpoint,
+    because another machine's logarithm might give other ones. Raises LicError if a sum could reach 2^53.
     """
     h_s, M = model.h_s, model.config["widths"]["y"]
     scale2, scale3 = h_s.conv2.input_scale.double(), h_s.conv3.input_scale.double()
@@ -49,11 +49,13 @@ def freeze_h_s(model):
 
 
 class IntegerHyperSynthesis(nn.Module):
-    """h_s: the quantized network after `freeze_h_s`, or as a checkpoint gives it."""
+    """h_s: the quantized network after `freeze_h_s`, or as a checkpoint gives it. Raises LicError before that."""
 
     def __init__(self, h_s):
         super().__init__()
         for k, layer in enumerate((h_s.conv1, h_s.conv2, h_s.conv3), start=1):
+            if not (layer.multiplier > 0).all():
+                raise LicError("the integers of h_s were not derived: call integer.freeze_h_s after quantizing")
             self.register_buffer(f"weight{k}", layer.integer_weight())
             self.register_buffer(f"bias{k}", layer.integer_bias.double())
             self.register_buffer(f"multiplier{k}", layer.multiplier[:, None, None].clone())

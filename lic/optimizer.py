@@ -1,8 +1,7 @@
 """Muon for the kernels of the convolutions, Adam for all else.
 
-A codec's gradient is a few large directions (the mean colour, the lowest frequencies) over many small
-ones. Adam scales each weight by itself and learns the small directions slowly. Muon replaces the momentum
-matrix of a layer by the nearest orthogonal one, so that every direction of the layer moves equally far:
+Adam scales each weight by itself. Muon replaces the momentum matrix of a layer by the nearest orthogonal
+one, so that every direction of the layer moves equally far, also those in which the gradient is small:
 
     B = 0.95 B + G        step = orthogonalized(G + 0.95 B), scaled to Adam's usual size
 
@@ -32,7 +31,10 @@ class Optimizer:
         return kernel.permute(0, 2, 3, 1).view(len(kernel), -1)
 
     def step(self, lr):
-        """One step along the gradients, which are then cleared."""
+        """One step along the gradients, which are then cleared; returns their norm. Does nothing if it is not finite."""
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.kernels + self.others])
+        if not torch.isfinite(norm):
+            return norm
         torch.nn.utils.clip_grad_norm_(self.others, CLIP_NORM)
         for kernel, matrix in zip(self.kernels, self.matrices):
             matrix.grad = self.matrix(kernel.grad.contiguous(memory_format=torch.channels_last))
@@ -42,6 +44,7 @@ class Optimizer:
             optimizer.step()
         for parameter in self.kernels + self.others:
             parameter.grad = None
+        return norm
 
     def state_dict(self):
         return {"muon": self.muon.state_dict(), "adam": self.adam.state_dict()}

@@ -11,7 +11,6 @@ An exact resume needs no saved random state: each step draws from a generator se
 """
 
 import io
-import math
 import pickle
 import signal
 import time
@@ -97,19 +96,17 @@ def mean_loss(model, x, amp=False):
 
 
 def learning_rate(step, steps, peak):
-    """Linear warm-up over the first 2 % (at most 500 steps), constant, then linear to peak / 50 over the last 40 %.
-
-    Until the decline begins it does not depend on `steps`, so that a run can be prolonged (see `fit`).
-    """
-    warmup = min(500, max(1, steps // 50))
-    decline = decline_begins(steps)
+    """Linear warm-up, constant, then linear to peak / 50 over the last 40 %."""
+    warmup, decline = phases(steps)
     if step < decline:
         return peak * min(1, (step + 1) / warmup)
     return peak * (1 - 0.98 * (step - decline) / max(1, steps - decline))
 
 
-def decline_begins(steps):
-    return steps * 3 // 5
+def phases(steps):
+    """Length of the warm-up, and the step at which the decline begins. From 14,000 steps on the warm-up is the
+    same, so that a run can be prolonged as if it had been meant to be longer from the start."""
+    return min(280, max(1, steps // 50)), steps * 3 // 5
 
 
 def fit(model, train, held_out, args, parent=None):
@@ -118,8 +115,8 @@ def fit(model, train, held_out, args, parent=None):
     train: list of (H, W, 3) uint8; held_out: (B, 3, H, W), whose J is printed at each save; parent:
     fingerprint of the checkpoint that the weights came from, so that --resume notices another.
     Saves to OUT.state at intervals and on Ctrl-C or SIGTERM, then raises Interrupted; raises
-    LicError at the first loss that is not finite. --resume takes other args.steps until the decline of the
-    learning rate has begun.
+    LicError at the first gradient that is not finite. --resume takes another args.steps if the warm-up is the
+    same and the decline of the learning rate has not begun.
     """
     if args.device == "cuda" and not torch.cuda.is_available():
         raise LicError("--device cuda: this torch sees no GPU; leave the option out")
@@ -127,7 +124,7 @@ def fit(model, train, held_out, args, parent=None):
     held_out = held_out.to(args.device)
     optimizer = Optimizer(model)
     settings = {k: vars(args)[k] for k in ("data", "steps", "batch", "crop", "lr", "amp", "seed")}
-    settings |= {"config": model.config, "quantization": model.quantization, "parent": parent}
+    settings |= {"config": model.config, "quantization": model.quantization, "parent": parent, "optimizer": "Muon and Adam"}
     state_path = args.out + ".state"
     first = load_state(state_path, model, optimizer, settings) if args.resume else 0
     lambdas = torch.tensor(model.lambdas, device=args.device)
@@ -148,10 +145,11 @@ def fit(model, train, held_out, args, parent=None):
             out = model(x, level.float())
         J, y_bpp, z_bpp, mse = rate_distortion(out, x, lambdas[level])
         loss = (weights[level] * J).mean()
-        if not torch.isfinite(loss):
-            raise LicError(f"the loss is {loss.item()} at step {step}; start again with a smaller --lr")
         loss.backward()
-        optimizer.step(learning_rate(step, args.steps, args.lr))
+        norm = optimizer.step(learning_rate(step, args.steps, args.lr))
+        if not torch.isfinite(norm):  # then nothing was changed
+            raise LicError(f"at step {step} the loss is {loss.item()} and its gradient's norm {norm.item()}; "
+                           f"start again with a smaller --lr")  # fmt: skip
 
         with torch.no_grad():
             progress.update(step + 1, loss=loss, bpp_y=y_bpp.mean(), bpp_z=z_bpp.mean(),
@@ -203,13 +201,17 @@ def load_state(path, model, optimizer, settings):
     """Restore model and optimizer in place; returns the number of steps already done."""
     try:
         state = torch.load(io.BytesIO(read_bytes(path)), weights_only=True, map_location="cpu")
-        changed = sorted(k for k in settings if settings[k] != state["settings"].get(k))
-        if changed == ["steps"] and state["step"] <= decline_begins(min(settings["steps"], state["settings"]["steps"])):
-            changed = []  # the rate was the same so far, whichever the number of steps
+        done, made_with = state["step"], state["settings"]
+        changed = sorted(k for k in settings if settings[k] != made_with.get(k))
     except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise LicError(f"{path} holds no training state; start without --resume") from error
-    if changed:
+    if changed == ["steps"]:
+        (warmup, decline), (new_warmup, new_decline) = phases(made_with["steps"]), phases(settings["steps"])
+        if done > min(decline, new_decline) or warmup != new_warmup:
+            raise LicError(f"{path} is at step {done} of {made_with['steps']}; --steps can change only before the last 40 % "
+                           f"of either number, and from 14,000 on")  # fmt: skip
+    elif changed:
         raise LicError(f"{path} was made with another {', '.join(changed)}; resume with the same settings")
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
-    return state["step"]
+    return done

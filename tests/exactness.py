@@ -64,8 +64,10 @@ def layouts(h_s, z):
     positions = {
         "NCHW": torch.cat([indices(contiguous, one[None].contiguous()) for one in z]),
         f"batch of {len(z)}": indices(h_s, plain),
-        "float32 (for comparison; not used)": torch.cat([indices(copy.deepcopy(h_s).float(), one[None].float()) for one in plain]),
     }
+    if not isinstance(h_s, IntegerHyperSynthesis):
+        single = copy.deepcopy(h_s).float()
+        positions["float32 (for comparison; not used)"] = torch.cat([indices(single, one[None].float()) for one in plain])
     if torch.cuda.is_available():
         positions["float64 on the GPU"] = indices(copy.deepcopy(h_s).cuda(), plain.cuda())
     return positions
@@ -113,7 +115,7 @@ def main():
         z = torch.stack(latents)  # (levels, Z, h, w)
         expected = torch.cat([indices(coder.h_s, one[None].contiguous(memory_format=torch.channels_last)) for one in z])
         inside = expected[(expected > 0) & (expected < 63)]  # beyond, the clamp decides
-        nearest = min(nearest, (inside - inside.floor() - 0.5).abs().min().item())
+        nearest = min([nearest, *(inside - inside.floor() - 0.5).abs().tolist()])
         for name, positions in layouts(coder.h_s, z).items():
             row = indexing.setdefault(name, [0, 0, 0.0])
             row[0] += positions.numel()
@@ -127,7 +129,8 @@ def main():
     print(f"\n{'table indices computed with':36} {'symbols':>12} {'other index':>12} {'largest difference, in steps of the index':>42}")
     for name, (count, wrong, distance) in indexing.items():
         print(f"{name:36} {count:12} {wrong:12} {distance:42.1e}")
-    print(f"nearest that any index came to a rounding border: {nearest:.1e}")
+    if not isinstance(coder.h_s, IntegerHyperSynthesis):  # which has no borders
+        print(f"nearest that any index came to a rounding border: {nearest:.1e}")
     print(f"\n{'encoded again under':36} {'symbols':>12} {'changed':>12} {'largest change of PSNR, dB':>28}")
     for name, (count, changed) in encoding.items():
         print(f"{name:36} {count:12} {changed:12} {psnr_change[name]:28.6f}")

@@ -56,6 +56,8 @@ class Decoder:
         self.fingerprint = bytes.fromhex(about["fingerprint"])[:8]
         self.widths = about["config"]["widths"]
         self.quantized = about["quantization"] is not None
+        if self.quantized and about["quantization"] != {"weight_bits": 8, "activation_bits": 8, "h_s": "integer"}:
+            raise ValueError(f"this decoder does not know {about['quantization']}")
 
     def layer(self, name, x):
         """One convolution in x's precision, with the 8-bit weight and input of a quantized codec made plain."""
@@ -100,32 +102,43 @@ class Decoder:
         starts = np.concatenate([[0], np.cumsum(sizes)])
         ans = constriction.stream.stack.AnsCoder(words.astype(np.uint32))
         symbols = np.empty(len(table_index), np.int32)
-        escapes = list(escapes)
+        used = 0
         for t in np.unique(table_index):
             places = np.flatnonzero(table_index == t)
             p = counts[starts[t] : starts[t + 1]] - 1.0  # with perfect=False: exactly the stored counts
             entries = ans.decode(constriction.stream.model.Categorical(p, perfect=False), len(places))
-            symbols[places] = [escapes.pop(0) if k == sizes[t] - 1 else k + offsets[t] for k in entries]
-        if escapes or not ans.is_empty():
+            symbols[places] = entries + offsets[t]
+            escaped = places[entries == sizes[t] - 1]
+            if used + len(escaped) > len(escapes):
+                raise ValueError("the escaped values run out")
+            symbols[escaped] = escapes[used : used + len(escaped)]
+            used += len(escaped)
+        if used < len(escapes) or not ans.is_empty():
             raise ValueError("the entropy-coded data does not end where it must")
         return symbols
 
     def decode(self, data):
         """bytes -> z and y symbols (flat int32) and the image (H, W, 3) uint8; ValueError for a bad file."""
+        if len(data) < HEADER.size:
+            raise ValueError("the file is truncated")
         magic, version, quality, H, W, fingerprint, *lengths, symbols_crc, crc = HEADER.unpack_from(data)
-        if magic != b"LIC\x89" or version != 1 or fingerprint != self.fingerprint:
+        if magic != b"LIC\x89" or version != 2 or fingerprint != self.fingerprint:
             raise ValueError("not a file of this codec")
         if len(data) != 47 + 4 * sum(lengths) or zlib.crc32(data[47:], zlib.crc32(data[:43])) != crc:
             raise ValueError("the file is damaged")
         payload = np.split(np.frombuffer(data, "<u4", offset=47), np.cumsum(lengths)[:-1])
-        z_words, y_words, z_escapes, y_escapes = payload
+        z_words, y_words, z_escapes, y_escapes = payload[0], payload[1], payload[2].view("<i4"), payload[3].view("<i4")
         h, w = -(-H // 64), -(-W // 64)
+        if not 0 < h * w * 64**2 <= 2**25 or quality > 256 * (len(self.arrays["log_gain"]) - 1):
+            raise ValueError(f"the file declares {W}x{H} pixels at quality {quality / 256}")
+        if any((np.abs(escapes.astype(np.int64)) >= 2**30).any() for escapes in (z_escapes, y_escapes)):
+            raise ValueError("the file holds a symbol of 2^30 or more")
 
         z_index = np.repeat(np.arange(self.widths["z"]), h * w)
-        z = self.symbols("z", z_words, z_escapes.view("<i4"), z_index)
+        z = self.symbols("z", z_words, z_escapes, z_index)
         h_s = self.integer_h_s if self.quantized else self.float_h_s
         mean, y_index = h_s(z.reshape(-1, h, w))
-        y = self.symbols("y", y_words, y_escapes.view("<i4"), y_index.ravel().astype(int))
+        y = self.symbols("y", y_words, y_escapes, y_index.ravel().astype(int))
         if zlib.crc32(y.astype("<i4"), zlib.crc32(z.astype("<i4"), zlib.crc32(data[:39]))) != symbols_crc:
             raise ValueError("the symbols are not the encoder's")
 

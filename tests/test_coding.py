@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import lively_codec, photo_like
 
-from lic import coder
+from lic import bitstream, coder
 from lic.bitstream import HEADER, ImageCoder, build_tables, read_header
 from lic.entropy import LOG_SCALE_MIN, LOG_SCALE_STEP
 from lic.files import BadStream, LicError
@@ -157,7 +157,7 @@ def rewrite(data, offset, field, value):
 
 
 @pytest.mark.parametrize("offset, field, value, sentence", [
-    (4, "<B", 2, "version 2"), (5, "<H", 4 * 256, "quality 4"), (7, "<I", 2**31, "limit"), (7, "<I", 0, "0 pixels|x0"),
+    (4, "<B", 3, "version 3"), (5, "<H", 4 * 256, "quality 4"), (7, "<I", 2**31, "limit"), (7, "<I", 0, "0 pixels|x0"),
     (15, "<8s", b"otherone", "made by model"), (39, "<I", 1, "symbols"),
 ])  # fmt: skip
 def test_headers_that_lie_are_refused(image_coder, offset, field, value, sentence):
@@ -174,6 +174,24 @@ def test_latents_that_are_not_usable_integers_are_refused(value):
         model.g_a.conv4.bias[3] = value
     with pytest.raises(LicError, match="not finite or beyond"):
         image_coder.compress(photo(), 0)
+
+
+def test_the_largest_symbols_are_2_to_30_less_one_on_both_sides():
+    values = torch.tensor([2**30 - 1.0, 0.4 - 2**30], dtype=torch.float64)
+    assert bitstream._integers(values[:1], "y").tolist() == [2**30 - 1]
+    with pytest.raises(LicError, match="beyond 2"):
+        bitstream._integers(values, "y")
+
+
+def test_an_escaped_symbol_of_2_to_30_is_refused(image_coder):
+    data = bytearray(image_coder.compress(some_image(40, 40), 0))
+    data += struct.pack("<i", -(2**30))
+    with pytest.raises(BadStream, match="no encoder writes"):
+        image_coder.decompress(rewrite(data, 35, "<I", lengths_of(data)[3] + 1))
+
+
+def lengths_of(data):
+    return struct.unpack_from("<4I", data, 23)
 
 
 @pytest.mark.parametrize("quality", [-0.1, 3.01, float("nan")])

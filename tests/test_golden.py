@@ -1,5 +1,6 @@
 """What files on disk decode to must never change: golden files, and a decoder without torch."""
 
+import io
 import re
 import struct
 import subprocess
@@ -12,8 +13,10 @@ import torch
 from golden.make import FOLDER, Recorder
 from helpers import ROOT, run_script
 from numpy_decoder import Decoder, conv, deconv, gdn
+from PIL import Image
 
 from lic import coder
+from lic.__main__ import classical
 from lic.bitstream import HEADER, ImageCoder, padded
 from lic.checkpoint import load
 from lic.images import read_image
@@ -35,8 +38,8 @@ def decoder_of(name):
 def test_the_golden_files_are_no_trivial_ones(golden):
     assert len(FILES) == 6
     assert all(np.unique(golden[f"{name}.y"]).size >= 3 for name in FILES)
-    assert np.abs(golden["codec_noise_2.lic.y"]).max() > 100
-    assert struct.unpack_from("<II", (FOLDER / "codec_noise_2.lic").read_bytes(), 31) > (0, 0)  # escapes of z, of y
+    escapes = {name: struct.unpack_from("<II", (FOLDER / name).read_bytes(), 31) for name in FILES}  # of z, of y
+    assert escapes["codec_noise_2.lic"][1] > 100 and min(escapes["quantized_noise_0.lic"]) >= 5
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -76,6 +79,24 @@ def test_export_gives_the_golden_archives(codec, tmp_path):
         assert exported["g_s.conv2.weight"].dtype == np.int8
 
 
+def forged(**fields):
+    """codec_pixel_1.lic with header fields changed and its checksum made right again."""
+    data = bytearray((FOLDER / "codec_pixel_1.lic").read_bytes())
+    for name, value in fields.items():
+        struct.pack_into(*{"quality": ("<H", data, 5), "height": ("<I", data, 7)}[name], value)
+    struct.pack_into("<I", data, 43, zlib.crc32(data[47:], zlib.crc32(data[:43])))
+    return bytes(data)
+
+
+@pytest.mark.parametrize("data", [b"", b"LIC", forged(height=0), forged(height=2**31), forged(quality=3 * 256), forged(height=64 * 20),
+                                  forged()[:-4], forged()[:50] + b"x" + forged()[51:]])  # fmt: skip
+def test_numpy_decoder_refuses_bad_files_with_a_value_error(data):
+    decoder = Decoder(dict(np.load(FOLDER / "codec.npz")))
+    assert len(decoder.decode(forged())) == 3  # the file itself is good
+    with pytest.raises(ValueError):
+        decoder.decode(data)
+
+
 @pytest.mark.parametrize("name", [n for n in FILES if "noise" not in n])  # those were written with outliers forced
 def test_encoding_again_differs_in_few_symbols_and_no_quality(name, golden):
     """Another machine may round a y the other way, and is right to."""
@@ -88,6 +109,29 @@ def test_encoding_again_differs_in_few_symbols_and_no_quality(name, golden):
     assert abs(psnr(pixels, image) - psnr(golden[f"{name}.pixels"], image)) < 0.02
 
 
+def test_compare_puts_four_crops_side_by_side(tmp_path, monkeypatch, capsys):
+    output, arguments = tmp_path / "beside.png", ["--checkpoint", FOLDER / "codec.pt", "--crop", 64]
+    compare = ["lic/__main__.py", "compare", FOLDER / "leaves.png", output, *arguments]
+    assert run_script(monkeypatch, *compare, "--at", 70, 0) == 2
+    assert "lies outside" in capsys.readouterr().err and not output.exists()
+    assert run_script(monkeypatch, *compare, "--at", 3, 5) == 0
+    assert capsys.readouterr().out.count(" dB") == 3
+    beside = read_image(output)
+    assert beside.shape == (64, 4 * 64 + 3 * 8, 3)
+    assert np.array_equal(beside[:, :64], read_image(FOLDER / "leaves.png")[5:69, 3:67])
+
+
+@pytest.mark.parametrize("form", ["JPEG", "WEBP"])
+def test_compare_takes_the_best_jpeg_and_webp_that_are_no_larger(form):
+    image = read_image(FOLDER / "leaves.png")
+    quality, size, decoded = classical(image, form, 2500)
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format=form, quality=quality + 1)
+    assert 0 < quality < 99 and size <= 2500 < len(buffer.getvalue())
+    assert decoded.shape == image.shape and psnr(decoded, image) > 15
+    assert classical(image, form, 1)[0] == 0  # the smallest there is
+
+
 def test_four_megapixels_come_back_in_their_size():
     image = np.tile(read_image(FOLDER / "leaves.png"), (29, 23, 1))[:2559, :1601]
     image_coder = decoder_of("codec")
@@ -97,11 +141,14 @@ def test_four_megapixels_come_back_in_their_size():
     assert psnr(decoded, image) > psnr(np.full_like(image, 128), image) + 3
 
 
-def test_settings_of_the_decoder_change_no_symbol(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("codec", ["codec", "quantized"])
+def test_settings_of_the_decoder_change_no_symbol(codec, tmp_path):
     """tests/exactness.py on one image; on Kodak its table is in docs/results.md."""
     (tmp_path / "leaves.png").write_bytes((FOLDER / "leaves.png").read_bytes())
-    assert run_script(monkeypatch, "tests/exactness.py", "--data", tmp_path, "--checkpoint", FOLDER / "codec.pt") == 0
-    rows = re.findall(r"^(1 thread|oneDNN off|NCHW|batch of 3) +(\d+) +(\d+)", capsys.readouterr().out, re.MULTILINE)
+    command = [sys.executable, "tests/exactness.py", "--data", tmp_path, "--checkpoint", FOLDER / f"{codec}.pt"]
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = re.findall(r"^(1 thread|oneDNN off|NCHW|batch of 3) +(\d+) +(\d+)", done.stdout, re.MULTILINE)
     assert len(rows) == 6 and {wrong for setting, tried, wrong in rows[:4]} == {"0"}
 
 
@@ -152,7 +199,7 @@ def test_the_worked_example_of_the_format_page(golden):
     _, y_index = image_coder._entropy_parameters(z.reshape(-1, 1, 1))
     z_words, _ = coder.encode(z, np.arange(len(z), dtype=np.uint8), image_coder.tables["z"])
     y_words, _ = coder.encode(y, y_index, image_coder.tables["y"])
-    fields = HEADER.pack(b"LIC\x89", 1, 256, 1, 1, image_coder.fingerprint, len(z_words), len(y_words), 0, 0, 0, 0)[:39]
+    fields = HEADER.pack(b"LIC\x89", 2, 256, 1, 1, image_coder.fingerprint, len(z_words), len(y_words), 0, 0, 0, 0)[:39]
     fields += struct.pack("<I", zlib.crc32(y.astype("<i4"), zlib.crc32(z.astype("<i4"), zlib.crc32(fields))))
     words = z_words.astype("<u4").tobytes() + y_words.astype("<u4").tobytes()
     assert example == fields + struct.pack("<I", zlib.crc32(fields + words)) + words

@@ -33,7 +33,9 @@ def test_every_parameter_is_trained_by_exactly_one_optimizer():
     model = lively_codec()
     optimizer = Optimizer(model.to(memory_format=torch.channels_last))
     assert len(optimizer.kernels) == 14 and all(p.ndim == 4 for p in optimizer.kernels)
-    assert {id(p) for p in optimizer.kernels + optimizer.others} == {id(p) for p in model.parameters()}
+    assert sorted(map(id, optimizer.kernels + optimizer.others)) == sorted(map(id, model.parameters()))
+    assert list(map(id, optimizer.muon.param_groups[0]["params"])) == list(map(id, optimizer.matrices))
+    assert list(map(id, optimizer.adam.param_groups[0]["params"])) == list(map(id, optimizer.others))
     assert all(m.data_ptr() == k.data_ptr() for m, k in zip(optimizer.matrices, optimizer.kernels))
 
 
@@ -56,14 +58,29 @@ def test_a_kernels_step_does_not_depend_on_the_size_of_the_gradient():
 def test_a_run_is_prolonged_only_before_its_rate_declines(tmp_path):
     model = lively_codec().to(memory_format=torch.channels_last)
     optimizer, path = Optimizer(model), tmp_path / "a.state"
-    save_state(path, model, optimizer, 60, {"steps": 100, "lr": 0.1})
-    assert load_state(path, model, optimizer, {"steps": 200, "lr": 0.1}) == 60
-    for settings in ({"steps": 99, "lr": 0.1}, {"steps": 200, "lr": 0.2}):
-        with pytest.raises(LicError, match="made with another"):
-            load_state(path, model, optimizer, settings)
-    save_state(path, model, optimizer, 61, {"steps": 100, "lr": 0.1})
-    with pytest.raises(LicError, match="another steps"):
-        load_state(path, model, optimizer, {"steps": 200, "lr": 0.1})
+    def resumed(done, steps, **changed):
+        save_state(path, model, optimizer, done, {"steps": 20_000, "lr": 0.1})
+        return load_state(path, model, optimizer, {"steps": steps, "lr": 0.1} | changed)
+
+    assert resumed(12_000, 50_000) == 12_000 and resumed(12_000, 20_000) == 12_000 and resumed(20_000, 20_000) == 20_000
+    assert [learning_rate(s, 20_000, 1.0) for s in range(12_000)] == [learning_rate(s, 50_000, 1.0) for s in range(12_000)]
+    for done, steps in ((12_001, 50_000), (12_000, 19_999), (100, 10_000)):
+        with pytest.raises(LicError, match="--steps can change only"):
+            resumed(done, steps)
+    with pytest.raises(LicError, match="made with another lr"):
+        resumed(12_000, 50_000, lr=0.2)
+
+
+@pytest.mark.parametrize("name", ["g_a.conv1.weight", "g_a.gdn1.beta"])
+def test_a_gradient_that_is_not_finite_changes_nothing(name):
+    model = lively_codec().to(memory_format=torch.channels_last)
+    optimizer = Optimizer(model)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    model.get_parameter(name).grad[(0,) * model.get_parameter(name).ndim] = float("inf")
+    assert not torch.isfinite(optimizer.step(1e-3))
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
 
 
 def test_steps_lower_the_loss():
