@@ -82,7 +82,8 @@ def main():
     coder = image_coder(args.checkpoint)
     levels = range(len(coder.model.lambdas))
     widths = coder.model.config["widths"]
-    decoding = {name: np.zeros(3, np.int64) for name in SETTINGS}  # files, refused ones, values off by 1
+    decoding = {name: np.zeros(3, np.int64) for name in SETTINGS}  # files, refused ones, pixel values that differ
+    largest = dict.fromkeys(SETTINGS, 0)  # difference of a pixel value
     indexing = {}  # name -> [symbols, other indices, largest distance]
     encoding = {name: np.zeros(2, np.int64) for name in SETTINGS}  # symbols, changed ones
     psnr_change, nearest = {name: 0.0 for name in SETTINGS}, 1.0
@@ -108,7 +109,7 @@ def main():
                 with Recorder() as rewritten:
                     reconstructed = coder.decompress(written)
                 off = np.abs(again.astype(int) - pixels)
-                assert off.max() <= 1, f"{path.name}, level {level}, {name}: pixels differ by {off.max()}"
+                largest[name] = max(largest[name], off.max())
                 decoding[name] += [1, 0, (off > 0).sum()]
                 encoding[name] += [sum(map(len, symbols)), sum((a != b).sum() for a, b in zip(symbols, rewritten))]
                 psnr_change[name] = max(psnr_change[name], abs(psnr(reconstructed, image) - psnr(pixels, image)))
@@ -123,9 +124,9 @@ def main():
             row[2] = max(row[2], (positions - expected).abs().max().item())
         print(f"{path.name} done", file=sys.stderr, flush=True)
 
-    print(f"{'decoded under':36} {'files':>8} {'other symbols':>14} {'values off by 1':>16}")
+    print(f"{'decoded under':36} {'files':>8} {'other symbols':>14} {'other pixel values':>19} {'by at most':>11}")
     for name, (files, wrong, off) in decoding.items():
-        print(f"{name:36} {files:8} {wrong:14} {off:16}")
+        print(f"{name:36} {files:8} {wrong:14} {off:19} {largest[name]:11}")
     print(f"\n{'table indices computed with':36} {'symbols':>12} {'other index':>12} {'largest difference, in steps of the index':>42}")
     for name, (count, wrong, distance) in indexing.items():
         print(f"{name:36} {count:12} {wrong:12} {distance:42.1e}")
