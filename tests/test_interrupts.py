@@ -4,6 +4,7 @@ A child process runs the real command and kills itself with SIGKILL at its n-th 
 moments (file opened, half written, written but not renamed, just renamed), and once at a random time.
 """
 
+import os
 import random
 import signal
 import subprocess
@@ -75,7 +76,7 @@ else:
 
 def run_and_kill(moment, countdown, script, *arguments):
     child = subprocess.run([sys.executable, "-c", CHILD, moment, str(countdown), script, *map(str, arguments)], cwd=ROOT,
-                           capture_output=True, env={"PYTHONPATH": str(ROOT), "PATH": "", "OMP_NUM_THREADS": "1"})  # fmt: skip
+                           capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
     assert child.returncode == -signal.SIGKILL, child.stderr.decode()[-500:]
 
 
