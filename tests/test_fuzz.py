@@ -18,7 +18,7 @@ import torch
 FOLDER = Path(__file__).parent / "golden"
 sys.path[:0] = [str(FOLDER.parent.parent)]
 
-from lic.bitstream import HEADER, ImageCoder  # noqa: E402
+from lic.bitstream import HEADER, MAGIC, VERSION, ImageCoder  # noqa: E402
 from lic.checkpoint import load  # noqa: E402
 from lic.files import BadStream, LicError  # noqa: E402
 
@@ -115,16 +115,17 @@ def test_random_bytes_are_refused():
     rng = np.random.default_rng(1)
     for _ in range(200):
         data = rng.bytes(rng.integers(200))
-        for start in (b"", b"LIC\x89", b"LIC\x89\x01"):
+        for start in (b"", MAGIC, MAGIC + bytes([VERSION])):
             with pytest.raises(BadStream):
                 image_coder.decompress(start + data)
 
 
 @pytest.mark.parametrize("codec", ["codec", "quantized"])
 def test_mutated_checkpoints_are_refused_or_mean_the_same(codec, tmp_path):
-    """A zip archive has bytes that mean nothing (dates, padding); whatever loads must have the fingerprint it states."""
+    """A zip archive has bytes that mean nothing (dates, padding); whatever loads must be the same codec."""
     data = (FOLDER / f"{codec}.pt").read_bytes()
-    intact = load(FOLDER / f"{codec}.pt")[0].state_dict()
+    model, meta = load(FOLDER / f"{codec}.pt")
+    intact, tables = model.state_dict(), meta["tables"]
     rng = np.random.default_rng(2)
     path = tmp_path / "a.pt"
     refused = 0
@@ -137,13 +138,14 @@ def test_mutated_checkpoints_are_refused_or_mean_the_same(codec, tmp_path):
                 damaged[position // 8] ^= 1 << position % 8
         path.write_bytes(damaged)
         try:
-            model, _ = load(path)
+            model, meta = load(path)
         except LicError as error:
             assert "a.pt" in str(error)
             refused += 1
         else:
             loaded = model.state_dict()
             assert all(torch.equal(tensor, loaded[name]) for name, tensor in intact.items())
+            assert all(np.array_equal(a, b) for kind in tables for a, b in zip(tables[kind], meta["tables"][kind]))
     assert refused > 180
 
 
