@@ -22,14 +22,16 @@ from PIL import Image, features
 from lic.bitstream import ImageCoder, padded
 from lic.checkpoint import load
 from lic.files import LicError, check_writable, read_bytes, run, write_bytes
-from lic.images import dead_leaves, find_images, read_image
+from lic.images import HELD_OUT, dead_leaves, find_images, read_image
 from lic.metrics import bd_rate, kmac_per_pixel, ms_ssim, parameters, psnr
+from lic.models import STRIDE
 
 CLASSICAL = {  # name: (Pillow format, feature to ask for, qualities)
     "jpeg": ("JPEG", "jpg", (5, 10, 20, 30, 45, 60, 75, 90)),
     "webp": ("WEBP", "webp", (1, 5, 15, 30, 50, 70, 85)),
     "avif": ("AVIF", "avif", (15, 30, 40, 50, 60, 75)),
 }
+ALIVE = 0.001  # bits a position (16x16 pixels for y, 64x64 for z) that a channel must carry to count as alive
 
 
 def parse_args():
@@ -37,6 +39,7 @@ def parse_args():
     parser.add_argument("checkpoints", nargs="*", default=["runs/base.pt", "runs/pruned.pt", "runs/quantized.pt"],
                         help="the first is the BD-rate anchor (default: runs/base.pt runs/pruned.pt runs/quantized.pt)")  # fmt: skip
     parser.add_argument("--data", help="folder of images, searched recursively (default: 4 synthetic images)")
+    parser.add_argument("--held-out", action="store_true", help="of --data only the images that training with it holds out")
     parser.add_argument("--published", help="JSON of published curves to compare with, as docs/kodak_published.json")
     parser.add_argument("--json", help="write all figures to this file")
     parser.add_argument("--plot", help="write the rate-distortion plot to this PNG (needs matplotlib)")
@@ -44,16 +47,16 @@ def parse_args():
 
 
 @torch.inference_mode()
-def ideal_bpp(model, image, level):
+def ideal_bits(model, image, level):
     """-log2 p of the rounded latents, with continuous scales and at most 24 bits a symbol (MAX_BITS, the least
-    probability of a table), over the pixels of the unpadded image."""
+    probability of a table): of each channel of y and of z, (M,) and (Z,) float64."""
     out = model(padded(image), torch.tensor([float(level)]))
-    return (out.y_bits + out.z_bits).item() / (image.shape[0] * image.shape[1])
+    return out.y_bits[0].double().numpy(), out.z_bits[0].double().numpy()
 
 
 def measure_level(model, coder, images, level, folder):
-    """One level of one checkpoint, averaged over the images."""
-    rows = []
+    """One level of one checkpoint, averaged over the images; and how many channels are alive."""
+    rows, positions, y_total, z_total = [], 0, 0, 0
     for image in images:
         path = folder / "image.lic"
         start = time.perf_counter()
@@ -64,10 +67,14 @@ def measure_level(model, coder, images, level, folder):
         reading = time.perf_counter()
         decoded = coder.decompress(data)
         end = time.perf_counter()
-        rows.append([8 * path.stat().st_size / (image.shape[0] * image.shape[1]), ideal_bpp(model, image, level),
+        y_bits, z_bits = ideal_bits(model, image, level)
+        positions, y_total, z_total = positions + padded(image)[0, 0].numel() / STRIDE**2, y_total + y_bits, z_total + z_bits
+        pixels = image.shape[0] * image.shape[1]
+        rows.append([8 * path.stat().st_size / pixels, (y_bits.sum() + z_bits.sum()) / pixels,
                      psnr(image, decoded), ms_ssim(image, decoded), encoded - start, end - reading])  # fmt: skip
     names = ("bpp", "ideal_bpp", "psnr", "ms_ssim", "encode_seconds", "decode_seconds")
-    return {"lmbda": model.lambdas[level], **dict(zip(names, np.mean(rows, axis=0).tolist()))}
+    alive = {"alive_y": int((y_total / positions / 16 > ALIVE).sum()), "alive_z": int((z_total / positions > ALIVE).sum())}
+    return {"lmbda": model.lambdas[level], **dict(zip(names, np.mean(rows, axis=0).tolist())), **alive}
 
 
 def measure_checkpoint(path, images):
@@ -79,7 +86,7 @@ def measure_checkpoint(path, images):
         levels = [measure_level(model, coder, images, level, Path(folder)) for level in range(len(model.lambdas))]
     return {"path": path, "stage": meta["stage"], "parameters": parameters(model.config),
             "kmac_per_pixel": {"encoder": macs["encoder"], "decoder": macs["decoder"]},
-            "bytes": meta["bytes"], "levels": levels}  # fmt: skip
+            "bytes": meta["bytes"], "channels": {k: model.config["widths"][k] for k in "yz"}, "levels": levels}  # fmt: skip
 
 
 def measure_classical(images):
@@ -170,7 +177,8 @@ def main():
     published = load_published(args.published) if args.published else {}
     for path in args.checkpoints:
         load(path)  # refuse a bad one before measuring the others
-    images = [read_image(path) for path in find_images(args.data)] if args.data else [dead_leaves(s) for s in range(1000, 1004)]
+    paths = find_images(args.data)[:: HELD_OUT if args.held_out else 1] if args.data else []
+    images = [read_image(path) for path in paths] or [dead_leaves(seed) for seed in range(1000, 1004)]
     pixels = sum(image.shape[0] * image.shape[1] for image in images)
     print(f"{len(images)} images, {pixels} pixels, {torch.get_num_threads()} threads")
 
@@ -181,10 +189,11 @@ def main():
         print(f"\n{path} ({result['stage']}): {result['parameters']:,} parameters, kMAC/pixel "
               f"{result['kmac_per_pixel']['encoder']:.2f} to encode, {result['kmac_per_pixel']['decoder']:.2f} to decode, "
               f"{result['bytes']:,} bytes")  # fmt: skip
-        print("  lambda      bpp  ideal bpp   PSNR dB   MS-SSIM  (dB)    encode s  decode s")
+        print("  lambda      bpp  ideal bpp   PSNR dB   MS-SSIM  (dB)    encode s  decode s  alive y, z")
         for row in result["levels"]:
             print(f"  {row['lmbda']:<8} {row['bpp']:8.4f} {row['ideal_bpp']:9.4f} {row['psnr']:9.3f} {row['ms_ssim']:9.4f} "
-                  f"{-10 * np.log10(1 - row['ms_ssim']):6.2f} {row['encode_seconds']:9.3f} {row['decode_seconds']:9.3f}",
+                  f"{-10 * np.log10(1 - row['ms_ssim']):6.2f} {row['encode_seconds']:9.3f} {row['decode_seconds']:9.3f}  "
+                  f"{row['alive_y']}/{result['channels']['y']}, {row['alive_z']}/{result['channels']['z']}",
                   flush=True)  # fmt: skip
     classical = measure_classical(images)
     for name, rows in classical.items():

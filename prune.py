@@ -6,16 +6,15 @@
 """
 
 import argparse
-import json
 
 import torch
 
 from lic.bitstream import build_tables
-from lic.checkpoint import load, save
-from lic.files import LicError, check_writable, read_bytes, run
+from lic.checkpoint import load, load_plan, save
+from lic.files import check_writable, run
 from lic.images import fixed_crops, load_images
 from lic.metrics import kmac_per_pixel, parameters
-from lic.pruning import GROUPS, narrow
+from lic.pruning import narrow, observe
 from lic.training import add_training_arguments, fit, mean_loss
 
 
@@ -29,36 +28,23 @@ def parse_args():
     return parser.parse_args()
 
 
-def load_plan(path, meta):
-    """The plan, after checking that it was made for this checkpoint."""
-    try:
-        plan = json.loads(read_bytes(path))
-        complete = plan["format"] == "lic plan" and plan["keep"].keys() == plan["widths"].keys() == GROUPS.keys()
-        baseline = plan["baseline"][:16]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        complete = False
-    if not complete:
-        raise LicError(f"{path} is not a plan that search.py wrote")
-    if plan["baseline"] != meta["fingerprint"]:
-        raise LicError(f"{path} was made for checkpoint {baseline}, this one is {meta['fingerprint'][:16]}; "
-                       f"run search.py on it")  # fmt: skip
-    return plan
-
-
 def main():
     args = parse_args()
     check_writable(args.out)
     model, meta = load(args.checkpoint, stages=("train", "control", "prune"))
-    plan = None if args.control else load_plan(args.plan, meta)
+    plan = None if args.control else load_plan(args.plan, meta["fingerprint"])
     train, validation = load_images(args.data, args.crop)
     held_out = fixed_crops(validation, 16, args.crop)
     metrics = {"held_out_J_before": mean_loss(model, held_out).tolist()}
 
     if plan:
         dense = model.config
-        model = narrow(model, {group: torch.tensor(kept) for group, kept in plan["keep"].items()})
+        keep = {group: torch.tensor(kept) for group, kept in plan["keep"].items()}
+        calibration = fixed_crops(train, 16, args.crop)
+        cuts = [narrow(model, keep), narrow(model, keep, observe(model, calibration))]  # means dropped, means folded
+        model = min(cuts, key=lambda cut: mean_loss(cut, calibration).log().sum())
         metrics["held_out_J_cut"] = mean_loss(model, held_out).tolist()
-        metrics["plan"] = {k: plan[k] for k in ("method", "target", "of", "alpha", "ratio", "widths", "sparsity")}
+        metrics["plan"] = {k: plan[k] for k in ("method", "importance", "target", "of", "alpha", "ratio", "widths", "sparsity")}
         print(f"parameters {parameters(dense):,} -> {parameters(model.config):,}, kMAC/pixel "
               f"{kmac_per_pixel(dense)['total']:.2f} -> {kmac_per_pixel(model.config)['total']:.2f}")  # fmt: skip
     fit(model, train, held_out, args, parent=meta["fingerprint"])

@@ -1,7 +1,7 @@
 """Search how many channels each of the codec's twelve groups may keep.
 
     python search.py                                        after python train.py
-    python search.py --checkpoint runs/small.pt --data photos/ --target 0.5
+    python search.py --checkpoint runs/small.pt --data photos/ --amp --target 0.6 --of macs
 
 Prints the sensitivity of J to each group, moves the threshold alpha until the target share of
 parameters (or multiply-accumulates) is gone, and writes plan.json for prune.py.
@@ -11,12 +11,14 @@ import argparse
 import json
 import time
 
+import numpy as np
+
 from lic import nas
-from lic.checkpoint import load
+from lic.checkpoint import load, load_plan
 from lic.files import LicError, check_writable, run, write_bytes
 from lic.images import fixed_crops, load_images
-from lic.pruning import importance, most_important, narrow
-from lic.training import mean_loss, positive, rate
+from lic.pruning import importance, most_important, narrow, observe
+from lic.training import count, mean_loss, positive, rate
 
 
 def parse_args():
@@ -24,10 +26,16 @@ def parse_args():
     parser.add_argument("--checkpoint", default="runs/base.pt", help="dense codec (default: runs/base.pt)")
     parser.add_argument("--data", help="folder of images, searched recursively (default: synthetic images)")
     parser.add_argument("--target", type=float, default=0.5, help="share to remove, 0 to 1 (default: 0.5)")
-    parser.add_argument("--of", choices=("params", "macs"), default="params", help="what the target counts (default: params)")
+    parser.add_argument("--of", choices=("params", "macs", "both"), default="params",
+                        help="what the target counts; both: the smaller share of the two (default: params)")
     parser.add_argument("--delta", type=rate, default=0.02, help="how near to the target is enough (default: 0.02)")
-    parser.add_argument("--method", choices=("threshold", "uniform"), default="threshold",
-                        help="threshold on sensitivities, or one ratio for all groups (default: threshold)")  # fmt: skip
+    parser.add_argument("--method", choices=("threshold", "evolve", "uniform"), default="threshold",
+                        help="threshold on sensitivities; the same, then evolved; or one ratio for all groups (default: threshold)")  # fmt: skip
+    parser.add_argument("--importance", choices=("variance", "taylor", "l1"), default="variance",
+                        help="which channels of a group go first (default: variance)")  # fmt: skip
+    parser.add_argument("--sensitivities", help="take them from this earlier plan of the same checkpoint (default: measure them)")
+    parser.add_argument("--tries", type=positive, default=200, help="plans that evolve measures (default: 200)")
+    parser.add_argument("--seed", type=count, default=0, help="of evolve (default: 0)")
     parser.add_argument("--crops", type=positive, default=16, help="calibration images (default: 16)")
     parser.add_argument("--crop", type=positive, default=256, help="their side in pixels, a multiple of 64 (default: 256)")
     parser.add_argument("--amp", action="store_true", help="bf16 autocast: faster with AVX-512 bf16")
@@ -45,34 +53,49 @@ def main():
     train, _ = load_images(args.data, args.crop)
     x = fixed_crops(train, args.crops, args.crop)  # (crops, 3, crop, crop)
 
-    scores = importance(model, x)
+    scores, statistics = importance(model, x, args.importance), observe(model, x)
+    J = mean_loss(model, x, args.amp)
+
+    def keep(widths):
+        return {group: most_important(scores[group], width) for group, width in widths.items()}
+
+    def rise(widths):
+        return (mean_loss(narrow(model, keep(widths), statistics), x, args.amp) / J - 1).mean().item()
+
     table, alpha, ratio = None, None, None
-    if args.method == "threshold":
-        print("rise of J when one group alone keeps so many channels, mean over the levels")
-        table = nas.sensitivities(model, scores, x, args.amp)
-        alpha, widths, S = nas.adaptive_search(table, model.config, args.target, args.of, args.delta)
-        print(f"alpha {alpha:.5f}")
-    else:
+    if args.method == "uniform":
         ratio, widths, S = nas.uniform_widths(model.config, args.target, args.of, args.delta)
         print(f"ratio {ratio:.3f} for every group")
+    else:
+        if args.sensitivities:
+            earlier = load_plan(args.sensitivities, meta["fingerprint"])
+            if not earlier["sensitivity"] or earlier["importance"] != args.importance:
+                raise LicError(f"{args.sensitivities} holds no sensitivities with --importance {args.importance}")
+            table = {group: {int(width): zeta for width, zeta in row.items()} for group, row in earlier["sensitivity"].items()}
+        else:
+            print("rise of J when one group alone keeps so many channels, mean over the levels")
+            table = nas.sensitivities(model.config, rise)
+        alpha, widths, S = nas.adaptive_search(table, model.config, args.target, args.of, args.delta)
+        print(f"alpha {alpha:.5f}")
     if abs(S - args.target) > args.delta:
         raise LicError(f"no plan removes {args.target:.0%} of the {args.of} within {args.delta:.0%}; "
                        f"the nearest removes {S:.1%}: change --target or --delta")  # fmt: skip
+    if args.method == "evolve":
+        widths = nas.evolve(rise, widths, model.config, args.of, args.tries, np.random.default_rng(args.seed))
 
-    keep = {group: most_important(scores[group], width) for group, width in widths.items()}
-    J, J_narrow = mean_loss(model, x), mean_loss(narrow(model, keep), x)
+    J_zeros, J_means = (mean_loss(narrow(model, keep(widths), s), x, args.amp) for s in (None, statistics))
     sparsity = nas.sparsity(model.config, widths)
     plan = {"format": "lic plan", "baseline": meta["fingerprint"], "method": args.method,
-            "target": args.target, "of": args.of, "alpha": alpha, "ratio": ratio, "widths": widths,
-            "keep": {group: indices.tolist() for group, indices in keep.items()},
+            "importance": args.importance, "target": args.target, "of": args.of, "alpha": alpha, "ratio": ratio, "widths": widths,
+            "keep": {group: indices.tolist() for group, indices in keep(widths).items()},
             "sparsity": sparsity, "sensitivity": table,
-            "J": J.tolist(), "J_narrow": J_narrow.tolist()}  # fmt: skip
+            "J": J.tolist(), "J_zeros": J_zeros.tolist(), "J_means": J_means.tolist()}  # fmt: skip
     write_bytes(args.out, json.dumps(plan, indent=1).encode())
 
     print("kept:", "  ".join(f"{g} {w}/{model.config['widths'][g]}" for g, w in widths.items()))
     print(f"removed: {sparsity['params']:.1%} of the parameters, {sparsity['macs']:.1%} of the multiply-accumulates")
-    print("J a level, dense:                   ", *(f"{v:.4f}" for v in J))
-    print("J a level, cut, before fine-tuning: ", *(f"{v:.4f}" for v in J_narrow))
+    for what, losses in {"dense": J, "cut, means folded": J_means, "cut, means dropped": J_zeros}.items():
+        print(f"J a level, {what:20}", *(f"{v:.4f}" for v in losses))
     print(f"wrote {args.out} after {time.monotonic() - start:.0f} s")
 
 

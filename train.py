@@ -1,7 +1,7 @@
 """Train a dense codec: one model for all rate levels.
 
     python train.py                                         synthetic images, about a minute
-    python train.py --preset small --data photos/ --amp --steps 40000 --out runs/small.pt
+    python train.py --preset small --data photos/ --amp --steps 30000 --out runs/small.pt
 """
 
 import argparse
@@ -9,7 +9,7 @@ import argparse
 import torch
 
 from lic.bitstream import build_tables
-from lic.checkpoint import save
+from lic.checkpoint import load_plan, save
 from lic.files import LicError, check_writable, run
 from lic.images import fixed_crops, load_images
 from lic.models import PRESETS, Codec, preset_config
@@ -20,6 +20,7 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="tiny", help="widths and lambdas (default: tiny)")
     parser.add_argument("--lambdas", type=float, nargs="+", help="one a rate level, rising (default: the preset's)")
+    parser.add_argument("--plan", help="take the widths of this plan of search.py: pruning's control from scratch (default: the preset's)")
     add_training_arguments(parser, steps=1000, lr=2e-3, out="runs/base.pt")
     return parser.parse_args()
 
@@ -33,7 +34,10 @@ def main():
     held_out = fixed_crops(validation, 16, args.crop)
 
     torch.manual_seed(args.seed)
-    model = Codec(preset_config(args.preset, args.lambdas))
+    config = preset_config(args.preset, args.lambdas)
+    if args.plan:
+        config["widths"] = load_plan(args.plan)["widths"]
+    model = Codec(config)
     print(f"{args.preset}: {sum(p.numel() for p in model.parameters()):,} parameters, "
           f"{len(train)} training images, {args.steps} steps of {args.batch} crops of {args.crop}x{args.crop}")  # fmt: skip
     fit(model, train, held_out, args)

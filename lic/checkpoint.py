@@ -1,4 +1,4 @@
-"""The one hand-over file between the stages: a plain dict that alone rebuilds its codec.
+"""The hand-over file between the stages: a plain dict that alone rebuilds its codec; and the plan between two.
 
     {"format", "version", "stage", "config", "state_dict", "tables", "quantization",
      "lineage": [{"stage", "arguments", "steps", "data", "parent"}, ...], "metrics", "fingerprint"}
@@ -20,9 +20,10 @@ import torch
 from lic.coder import Tables
 from lic.files import LicError, read_bytes, write_bytes
 from lic.models import Codec
+from lic.pruning import GROUPS
 from lic.quantization import pack, quantize_layers, unpack
 
-FORMAT, VERSION = "lic checkpoint", 1
+FORMAT, VERSION = "lic checkpoint", 2  # version 1 had ReLUs in the hyper networks
 UNREADABLE = (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, LookupError, TypeError, AttributeError)
 
 
@@ -100,3 +101,18 @@ def load(path, stages=None):
     checkpoint["tables"] = {kind: Tables(*(np.ascontiguousarray(t[f].numpy()) for f in Tables._fields)) for kind, t in tables.items()}
     checkpoint["bytes"] = len(data)
     return model.to(memory_format=torch.channels_last).eval(), checkpoint
+
+
+def load_plan(path, baseline=None):
+    """What search.py wrote, a dict; baseline: fingerprint of the checkpoint that it must have been made for."""
+    try:
+        plan = json.loads(read_bytes(path))
+        complete = plan["format"] == "lic plan" and plan["keep"].keys() == plan["widths"].keys() == GROUPS.keys()
+        made_for = plan["baseline"][:16]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        complete = False
+    if not complete:
+        raise LicError(f"{path} is not a plan that search.py wrote")
+    if baseline and plan["baseline"] != baseline:
+        raise LicError(f"{path} was made for checkpoint {made_for}, this one is {baseline[:16]}; run search.py on it")
+    return plan

@@ -54,10 +54,15 @@ class GDN(nn.Module):
         self.beta = nn.Parameter(torch.sqrt(torch.ones(channels) + PEDESTAL))
         self.gamma = nn.Parameter(torch.sqrt(0.1 * torch.eye(channels) + PEDESTAL))
 
-    def energy(self, x):
-        """beta_i + sum_j gamma[i, j] x_j^2, shape (B, C, H, W)."""
+    def coefficients(self):
+        """beta (C,) and gamma (C out, C in) as the formula means them, from their stored square roots."""
         beta = lower_bound(self.beta, (BETA_MIN + PEDESTAL) ** 0.5) ** 2 - PEDESTAL
         gamma = lower_bound(self.gamma, PEDESTAL**0.5) ** 2 - PEDESTAL
+        return beta, gamma
+
+    def energy(self, x):
+        """beta_i + sum_j gamma[i, j] x_j^2, shape (B, C, H, W)."""
+        beta, gamma = self.coefficients()
         return F.conv2d(x * x, gamma[:, :, None, None], beta)
 
     def forward(self, x):

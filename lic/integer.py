@@ -1,11 +1,11 @@
 """h_s of a quantized codec in exact integers: the same bits on every machine, by construction.
 
-    a = W q + b                        W: int8 weights, b: integers; q: z_hat, later 8-bit activations
-    q = clamp(round(a m), 0, 255)      m: one float64 a channel; the lower clamp is the ReLU
+    a = W q + b                              W: int8 weights, b: integers; q: z_hat, later 8-bit activations
+    q = clamp(round(lrelu(a) m), -32, 223)   m: one float64 a channel; lrelu(a) = a / 8 below 0, exactly
 
 and after the last layer round(a m) is, in its first half, the mean in units of 2^-12 and, in its second, the
 index of the scale's table, clamped to [0, 63]. The sums are float64 convolutions: every partial sum is an
-integer below 2^53, so nothing is ever rounded and the order of summation means nothing. a m is one IEEE
+integer below 2^53, so nothing is ever rounded and the order of summation means nothing; a / 8 is exact in binary. The product with m is one IEEE
 multiplication of known operands, rounded half to even: the same everywhere, too.
 Jacob et al., "Quantization and training of neural networks for efficient integer-arithmetic-only inference",
 arXiv:1712.05877, with a float64 multiplier in the place of their fixed-point one; for entropy models:
@@ -18,6 +18,8 @@ from torch.nn import functional as F
 
 from lic.entropy import LOG_SCALE_MIN, LOG_SCALE_STEP, SCALE_LEVELS
 from lic.files import LicError
+from lic.models import SLOPE
+from lic.quantization import LEAKY
 
 MEAN_UNIT = 2.0**-12
 MAX_SYMBOL = 2**30  # |z| and |y - mean| stay below
@@ -36,8 +38,8 @@ def freeze_h_s(model):
     output_zero = torch.tensor([0, LOG_SCALE_MIN], dtype=torch.float64).repeat_interleave(M)
     for layer, input_unit, largest_input, unit, zero in (
         (h_s.conv1, 1, MAX_SYMBOL, scale2, 0),
-        (h_s.conv2, scale2, 255, scale3, 0),
-        (h_s.conv3, scale3, 255, output_unit, output_zero),
+        (h_s.conv2, scale2, LEAKY[1], scale3, 0),
+        (h_s.conv3, scale3, LEAKY[1], output_unit, output_zero),
     ):
         sum_unit = input_unit * layer.weight_scale.double().flatten()  # (out,): what 1 in a sum stands for
         bias = torch.round((layer.bias.double() - zero) / sum_unit)
@@ -63,9 +65,9 @@ class IntegerHyperSynthesis(nn.Module):
     def forward(self, z_hat):
         """z_hat (B, Z, h, w), integers in float64 -> mean and table index, both (B, M, 4h, 4w) float64."""
         a = F.conv_transpose2d(z_hat, self.weight1, self.bias1, stride=2, padding=2, output_padding=1)
-        q = torch.round(a * self.multiplier1).clamp(0, 255)
+        q = torch.round(F.leaky_relu(a, SLOPE) * self.multiplier1).clamp(*LEAKY)
         a = F.conv_transpose2d(q, self.weight2, self.bias2, stride=2, padding=2, output_padding=1)
-        q = torch.round(a * self.multiplier2).clamp(0, 255)
+        q = torch.round(F.leaky_relu(a, SLOPE) * self.multiplier2).clamp(*LEAKY)
         a = F.conv2d(q, self.weight3, self.bias3, padding=1)
         mean, index = torch.round(a * self.multiplier3).chunk(2, 1)
         return mean * MEAN_UNIT, index.clamp(0, SCALE_LEVELS - 1)

@@ -22,6 +22,7 @@ from torch import nn
 from lic.entropy import MAX_BITS, EntropyBottleneck, GaussianConditional, add_noise, round_ste, soft_limit
 from lic.gdn import GDN, IGDN
 
+SLOPE = 1 / 8  # of the leaky ReLU below zero; with a ReLU most units of h_a and h_s die (docs/training.md)
 STRIDE = 64  # x is a multiple of 64 pixels on either side: y has 1/16, z 1/64 of the resolution
 LAMBDAS = [0.0018, 0.0035, 0.0067, 0.013, 0.025, 0.0483]  # CompressAI's, loss = bpp + lmbda * 255^2 * mse
 PRESETS = {  # name: (N, M, number of lambdas); widths as in Minnen 2018 and CompressAI's mbt2018-mean
@@ -54,8 +55,8 @@ def deconv(c_in, c_out):
 
 class Output(NamedTuple):
     x_hat: torch.Tensor  # (B, 3, H, W), not clamped
-    y_bits: torch.Tensor  # (B,)
-    z_bits: torch.Tensor  # (B,)
+    y_bits: torch.Tensor  # (B, M), each channel's, summed over positions
+    z_bits: torch.Tensor  # (B, Z)
 
 
 class Codec(nn.Module):
@@ -80,13 +81,13 @@ class Codec(nn.Module):
             conv4=deconv(w["g_s.3"], 3),
         ))  # fmt: skip
         self.h_a = nn.Sequential(OrderedDict(
-            conv1=conv(w["y"], w["h_a.1"], kernel=3, stride=1), relu1=nn.ReLU(),
-            conv2=conv(w["h_a.1"], w["h_a.2"]), relu2=nn.ReLU(),
+            conv1=conv(w["y"], w["h_a.1"], kernel=3, stride=1), lrelu1=nn.LeakyReLU(SLOPE),
+            conv2=conv(w["h_a.1"], w["h_a.2"]), lrelu2=nn.LeakyReLU(SLOPE),
             conv3=conv(w["h_a.2"], w["z"]),
         ))  # fmt: skip
         self.h_s = nn.Sequential(OrderedDict(
-            conv1=deconv(w["z"], w["h_s.1"]), relu1=nn.ReLU(),
-            conv2=deconv(w["h_s.1"], w["h_s.2"]), relu2=nn.ReLU(),
+            conv1=deconv(w["z"], w["h_s.1"]), lrelu1=nn.LeakyReLU(SLOPE),
+            conv2=deconv(w["h_s.1"], w["h_s.2"]), lrelu2=nn.LeakyReLU(SLOPE),
             conv3=conv(w["h_s.2"], 2 * w["y"], kernel=3, stride=1),
         ))  # fmt: skip
         self.prior_z = EntropyBottleneck(w["z"])
@@ -125,4 +126,4 @@ class Codec(nn.Module):
         y_coded, z_coded = (add_noise(y), add_noise(z)) if self.training else (y_hat, z_hat)
         y_bits, z_bits = self.prior_y.bits(y_coded, mean, log_scale), self.prior_z.bits(z_coded)
         y_bits = soft_limit(y_bits) if self.training else y_bits.clamp(max=MAX_BITS)
-        return Output(x_hat, y_bits.flatten(1).sum(1), z_bits.flatten(1).sum(1))
+        return Output(x_hat, y_bits.sum((2, 3)), z_bits.sum((2, 3)))

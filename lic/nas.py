@@ -7,15 +7,13 @@ J = R + lmbda * 255^2 * MSE with real rounding, on calibration crops. Following 
 3. Adaptive search: bisection over the values that alpha can usefully take until
    |S - S_target| <= delta, S the share of the parameters (or multiply-accumulates) removed.
 
-Single-group sensitivities ignore how groups interact; the control is `uniform_widths`, one
-ratio for all groups.
+Single-group sensitivities ignore how groups interact. `evolve` goes on from the threshold plan and measures
+whole plans; the control is `uniform_widths`, one ratio for all groups.
 """
 
 import math
 
 from lic.metrics import kmac_per_pixel, parameters
-from lic.pruning import GROUPS, most_important, narrow
-from lic.training import mean_loss
 
 MULTIPLE = 8  # widths that vector units like; odd ones can be slower than what they replace
 RATIOS = [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]
@@ -27,27 +25,23 @@ def round_width(width):
 
 
 def sparsity(config, widths):
-    """Share removed by narrowing config to widths: {"params": S, "macs": S}."""
+    """Share removed by narrowing config to widths, and the smaller of the two: {"params": S, "macs": S, "both": S}."""
     narrowed = {**config, "widths": widths}
-    return {
-        "params": 1 - parameters(narrowed) / parameters(config),
-        "macs": 1 - kmac_per_pixel(narrowed)["total"] / kmac_per_pixel(config)["total"],
-    }
+    params = 1 - parameters(narrowed) / parameters(config)
+    macs = 1 - kmac_per_pixel(narrowed)["total"] / kmac_per_pixel(config)["total"]
+    return {"params": params, "macs": macs, "both": min(params, macs)}
 
 
-def sensitivities(model, scores, x, amp=False, report=print):
+def sensitivities(config, rise, report=print):
     """zeta of each group and candidate width, measured one group at a time: {group: {width: zeta}}.
 
-    scores: from pruning.importance; x: calibration crops (B, 3, H, W), all coded at every level.
+    rise: {group: width} -> relative rise of J, averaged over the levels, when the groups named are narrowed.
     """
-    base = mean_loss(model, x, amp)
     table = {}
-    for group in GROUPS:
-        full = model.config["widths"][group]
+    for group, full in config["widths"].items():
         table[group] = {full: 0.0}
         for width in sorted({w for w in map(round_width, [r * full for r in RATIOS]) if w < full}, reverse=True):
-            narrowed = narrow(model, {group: most_important(scores[group], width)})
-            table[group][width] = (mean_loss(narrowed, x, amp) / base - 1).mean().item()
+            table[group][width] = rise({group: width})
         report(f"{group:6}" + "".join(f"{w:5}:{100 * z:+8.2f}%" for w, z in table[group].items()))
     return table
 
@@ -102,3 +96,41 @@ def uniform_widths(config, target, of, delta):
 
     t, widths, S = _bisect(widths_of, 0.0, 1.0, config, target, of, delta)
     return 1 - t, widths, S
+
+
+def evolve(rise, start, config, of, tries, rng, report=print):
+    """Widths of the least rise found among `tries` plans that cost no more than the plan `start`.
+
+    rise, as above, of all groups narrowed together is the fitness. Each try crosses two of the
+    eight best plans group by group, moves two groups by one to three multiples, then spends what is left of the
+    budget. Real et al., "Regularized evolution for image classifier architecture search", arXiv:1802.01548, is
+    the pattern, without their ageing: here the fitness of a plan is measured without noise.
+    """
+    groups, budget = list(start), sparsity(config, start)[of]
+    population, seen = [(rise(start), start)], {tuple(start.values())}
+    report(f"try 0: rise of J {population[0][0]:+.2%}")
+    for count in range(1, tries + 1):
+        a, b = (population[rng.integers(len(population))][1] for _ in range(2))
+        child = {group: (a, b)[rng.integers(2)][group] for group in groups}
+        for group in rng.choice(groups, 2, replace=False):
+            child[group] += MULTIPLE * int(rng.integers(1, 4)) * (1, -1)[rng.integers(2)]
+        _fit_budget(child, config, of, budget, rng)
+        if tuple(child.values()) in seen:
+            continue
+        seen.add(tuple(child.values()))
+        population = sorted([*population, (rise(child), child)], key=lambda plan: plan[0])[:8]
+        if population[0][1] is child:
+            report(f"try {count}: rise of J {population[0][0]:+.2%}")
+    return population[0][1]
+
+
+def _fit_budget(widths, config, of, budget, rng):
+    """Narrow random groups until the sparsity reaches `budget`, then widen others while it stays there; in place."""
+    full = config["widths"]
+    widths.update({group: min(full[group], max(MULTIPLE, width)) for group, width in widths.items()})
+    while sparsity(config, widths)[of] < budget:
+        group = rng.choice([group for group in widths if widths[group] > MULTIPLE])
+        widths[group] -= MULTIPLE
+    for group in rng.permutation(list(widths)):
+        while widths[group] < full[group] and sparsity(config, {**widths, group: widths[group] + MULTIPLE})[of] >= budget:
+            widths[group] += MULTIPLE

@@ -6,10 +6,14 @@ have more: y also owns the gains and both halves of h_s.conv3's output (mean k, 
 z also owns its prior. RGB, at either end, is never cut.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import nn
 
+from lic.gdn import PEDESTAL
 from lic.models import Codec
+from lic.training import rate_distortion
 
 GROUPS = {
     # group    made by       normalised by  used by
@@ -55,9 +59,16 @@ def cuts(model, group, keep):
         yield "log_inverse_gain", 1, keep
 
 
-def narrow(model, keep):
-    """A new Codec that has only the channels keep = {group: rising indices}; absent groups stay whole."""
+def narrow(model, keep, statistics=None):
+    """A new Codec that has only the channels keep = {group: rising indices}; absent groups stay whole.
+
+    statistics, from `observe`: what the removed channels added on average moves into biases and GDN's beta;
+    without it they count as zeros from now on.
+    """
     state = model.state_dict()
+    if statistics:
+        for group, indices in keep.items():
+            fold(model, state, group, indices, statistics)
     for group, indices in keep.items():
         for name, axis, kept in cuts(model, group, indices):
             state[name] = state[name].index_select(axis, kept)  # copies: a view would save its whole storage
@@ -67,30 +78,101 @@ def narrow(model, keep):
     return narrowed.to(memory_format=torch.channels_last)
 
 
-@torch.no_grad()
-def importance(model, x):
-    """What each channel tells the layer that reads it: its variance there, {group: (width,)}.
+def fold(model, state, group, keep, statistics):
+    """Replace the channels of `group` that are not in `keep` by their means, in state.
 
-    Over the images x (B, 3, H, W), after GDN, ReLU or rounding, in batches of four, summed over batches and
-    levels. A channel that hardly varies says little, and what its mean contributed a bias can learn in
-    fine-tuning; the cut itself does not move it there. Eliminating channels of low activity: Polyak and Wolf,
-    "Channel-level acceleration of deep face representations", IEEE Access 2015.
+    A removed channel k gave bias_i + W[i, k] mean_k to each reader, summed over the taps (a quarter of them for a
+    transposed convolution with stride 2: that is how many meet an output pixel on average), and
+    beta_i + gamma[i, k] E[x_k^2] to the GDN of its group.
     """
-    scores = {group: 0 for group in GROUPS}
+    gone = torch.ones(model.config["widths"][group], dtype=torch.bool)
+    gone[keep] = False
+    _, normalised_by, used_by = GROUPS[group]
+    for layer in used_by:
+        transposed = isinstance(model.get_submodule(layer), nn.ConvTranspose2d)
+        taps = state[f"{layer}.weight"].sum((2, 3))  # (out, in), or (in, out)
+        taps = taps.T / 4 if transposed else taps
+        state[f"{layer}.bias"] = state[f"{layer}.bias"] + taps[:, gone] @ statistics.mean[layer][gone]
+    if group in statistics.energy:
+        beta, gamma = model.get_submodule(normalised_by).coefficients()
+        state[f"{normalised_by}.beta"] = torch.sqrt(beta + gamma[:, gone] @ statistics.energy[group][gone] + PEDESTAL)
 
-    def observe(group, reader):
-        def hook(layer, inputs):
-            scores[group] = scores[group] + inputs[0].var((0, 2, 3), correction=0)
 
-        return model.get_submodule(reader).register_forward_pre_hook(hook)
+class Statistics(NamedTuple):
+    variance: dict  # of what a group hands to its first reader, after GDN, leaky ReLU or rounding: {group: (width,)}
+    mean: dict  # of the input of each layer that reads a group: {layer: (in,)}
+    energy: dict  # mean square of what enters a group's GDN: {group: (width,)}
 
-    hooks = [observe(group, used_by[0]) for group, (_, _, used_by) in GROUPS.items()]
+
+@torch.no_grad()
+def observe(model, x):
+    """Statistics over the images x (B, 3, H, W), in batches of four, and over the levels."""
+    mean, square, hooks = {}, {}, []
+
+    def watch(layer):
+        mean[layer] = square[layer] = 0
+
+        def hook(module, inputs):
+            mean[layer] = mean[layer] + inputs[0].sum((0, 2, 3)) / inputs[0].shape[2:].numel() / samples
+            square[layer] = square[layer] + inputs[0].square().sum((0, 2, 3)) / inputs[0].shape[2:].numel() / samples
+
+        hooks.append(model.get_submodule(layer).register_forward_pre_hook(hook))
+
+    gdns = {group: gdn for group, (_, gdn, _) in GROUPS.items() if gdn and "gdn" in gdn}
+    for layer in [*gdns.values(), *(layer for _, _, used_by in GROUPS.values() for layer in used_by)]:
+        watch(layer)
+    samples = len(x) * len(model.lambdas)
     for level in range(len(model.lambdas)):
         for batch in x.split(4):
             model(batch, torch.full((len(batch),), float(level)))
     for hook in hooks:
         hook.remove()
+    readers = {group: used_by[0] for group, (_, _, used_by) in GROUPS.items()}
+    variance = {group: square[layer] - mean[layer] ** 2 for group, layer in readers.items()}
+    return Statistics(variance, mean, {group: square[gdn] for group, gdn in gdns.items()})
+
+
+def taylor(model, x):
+    """First-order change of J, squared, when one channel gives its mean everywhere: {group: (width,)}.
+
+        J(a -> mean) - J(a) ~ sum over positions of dJ/da (mean - a)        a: output of the layer that makes it
+
+    summed in squares over images and levels, J relative to the level's mean. Molchanov, Mallya, Tyree, Frosio,
+    Kautz, "Importance estimation for neural network pruning", arXiv:1906.10771, with the mean in the place of zero.
+    """
+    outputs = {}
+    hooks = [
+        model.get_submodule(made_by).register_forward_hook(lambda *hooked, group=group: outputs.update({group: hooked[2]}))
+        for group, (made_by, _, _) in GROUPS.items()
+    ]
+    scores = {group: 0 for group in GROUPS}
+    for level, lmbda in enumerate(model.lambdas):
+        for batch in x.split(4):
+            J = rate_distortion(model(batch, torch.full((len(batch),), float(level))), batch, lmbda)[0]
+            grads = torch.autograd.grad((J / J.detach().mean()).sum(), list(outputs.values()))
+            for (group, a), grad in zip(outputs.items(), grads):
+                a = a.detach()
+                scores[group] = scores[group] + (grad * (a - a.mean((0, 2, 3), keepdim=True))).sum((2, 3)).square().sum(0)
+    for hook in hooks:
+        hook.remove()
     return scores
+
+
+def importance(model, x, measure="variance"):
+    """How much a channel matters, {group: (width,)}, by one of three measures over the images x (B, 3, H, W):
+
+    variance  of what it hands to the layer that reads it: a channel that hardly varies says little
+              (Polyak and Wolf, "Channel-level acceleration of deep face representations", IEEE Access 2015)
+    taylor    first-order change of J when it goes, see `taylor`
+    l1        L1 norm of the weights that make it (Li et al., "Pruning filters for efficient ConvNets",
+              arXiv:1608.08710); blind to what GDN does after
+    """
+    if measure == "variance":
+        return observe(model, x).variance
+    if measure == "taylor":
+        return taylor(model, x)
+    axes = {group: (made_by, channel_axes(model, made_by)[0]) for group, (made_by, _, _) in GROUPS.items()}
+    return {g: model.get_submodule(layer).weight.detach().abs().transpose(0, axis).sum((1, 2, 3)) for g, (layer, axis) in axes.items()}
 
 
 def most_important(scores, width):

@@ -3,7 +3,8 @@
     q = clamp(round(v / s), low, high)        v_hat = s q
 
 Weights: int8 in [-127, 127], one scale an output channel (axis 0 of Conv2d, 1 of
-ConvTranspose2d). Activations: one scale a tensor, [-128, 127], or [0, 255] after a ReLU.
+ConvTranspose2d). Activations: one scale a tensor, [-128, 127], or [-32, 223] after a leaky
+ReLU, whose negative side is an eighth of the other.
 Scales are chosen for the least squared error over a grid of clipping points. Round half to even.
 On disk the weights are int8 tensors; in memory they are floats on the int8 grid, so that training
 with straight-through gradients and inference are the same code. Only h_s, which decides how a file is
@@ -23,14 +24,16 @@ from torch import nn
 from torch.nn import functional as F
 
 from lic.entropy import round_ste
+from lic.gdn import IGDN, PEDESTAL
+from lic.pruning import GROUPS, channel_axes
 
-SIGNED, UNSIGNED, WEIGHT = (-128, 127), (0, 255), (-127, 127)
+SIGNED, LEAKY, WEIGHT = (-128, 127), (-32, 223), (-127, 127)
 INPUTS = {  # layer: integer range of its input; None where no quantizer is needed
     "g_a.conv1": None,  # pixels less a constant: 8 bits already
     "g_a.conv2": SIGNED, "g_a.conv3": SIGNED, "g_a.conv4": SIGNED,
-    "h_a.conv1": SIGNED, "h_a.conv2": UNSIGNED, "h_a.conv3": UNSIGNED,
+    "h_a.conv1": SIGNED, "h_a.conv2": LEAKY, "h_a.conv3": LEAKY,
     "h_s.conv1": None,  # z_hat: integers already
-    "h_s.conv2": UNSIGNED, "h_s.conv3": UNSIGNED,
+    "h_s.conv2": LEAKY, "h_s.conv3": LEAKY,
     "g_s.conv1": None,  # y_hat, see above
     "g_s.conv2": SIGNED, "g_s.conv3": SIGNED, "g_s.conv4": SIGNED,
 }  # fmt: skip
@@ -43,7 +46,7 @@ def fake_quantize(v, scale, low, high):
 
 def least_error_scale(v, low, high):
     """Scale of each row with the least squared error over 40 clipping points: v (R, N) -> (R,)."""
-    largest = torch.where(v > 0, v / high, v / low if low else 0).amax(1).clamp(min=1e-8)  # nothing is clipped
+    largest = torch.where(v > 0, v / high, v / low).amax(1).clamp(min=1e-8)  # nothing is clipped
     best, least = largest, torch.full_like(largest, torch.inf)
     for fraction in torch.linspace(0.22, 1, 40):
         scale = fraction * largest
@@ -51,6 +54,11 @@ def least_error_scale(v, low, high):
         best = torch.where(error < least, scale, best)
         least = torch.minimum(error, least)
     return best
+
+
+def rows(layer):
+    """The weight as (out, in * k * k)."""
+    return layer.weight.detach().transpose(0, 1 if isinstance(layer, nn.ConvTranspose2d) else 0).flatten(1)
 
 
 class _Quantized:
@@ -96,34 +104,81 @@ class QuantizedConvTranspose2d(_Quantized, nn.ConvTranspose2d):
 
 
 @torch.no_grad()
-def input_scales(model, x):
-    """Least-error scales of the inputs of a float model's layers: {layer: ()} over the images x
-    (B, 3, H, W) at every level."""
-    seen = {name: [] for name, input_range in INPUTS.items() if input_range}
+def equalize(model, x):
+    """Balance the channels of each layer's input between the activation and the weights that read it, in place.
 
-    def observe(name):
-        def hook(layer, inputs):
-            values = inputs[0].flatten()
-            stride = len(values) // 100_000 | 1  # odd, or it would see only even columns
-            seen[name].append(values[::stride].clone())
+    One scale serves a whole input and one a whole row of weights: a channel a tenth as large as the others has a tenth
+    of their 256 steps, and a channel a hundred times as large magnifies the error of its weights. Dividing
+    channel c by s_c and multiplying what reads it by s_c changes nothing in exact arithmetic, and the division costs
+    nothing: GDN's beta_c and gamma[c] take s_c^2, the inverse gain takes s_c, a leaky ReLU passes it to the layer before.
 
-        return model.get_submodule(name).register_forward_pre_hook(hook)
+        s_c = sqrt(largest |input| / largest |weight|), divided by the geometric mean over the channels
 
-    hooks = [observe(name) for name in seen]
+    Nagel et al., "Data-free quantization through weight equalization and bias correction", arXiv:1906.04721, with
+    inputs measured over the images x (B, 3, H, W), and GDN and gains in the place of their ReLU.
+    """
+    largest = {name: tensor.abs().amax((0, 2, 3)) for name, tensor in _inputs(model, x).items()}
+    for group, (made_by, normalised_by, used_by) in GROUPS.items():
+        if group == "z":  # integers: what is coded
+            continue
+        reader = "g_s.conv1" if group == "y" else used_by[0]
+        weight, axis = model.get_submodule(reader).weight, channel_axes(model, reader)[1]
+        largest_weight = weight.abs().transpose(0, axis).amax((1, 2, 3))
+        s = torch.sqrt(largest[reader].clamp(min=1e-6) / largest_weight.clamp(min=1e-6))  # a dead channel is 0
+        s = (s / s.log().mean().exp()).clamp(1e-2, 1e2)
+        weight.mul_(along(axis, s))
+        if group == "y":
+            model.log_inverse_gain.sub_(s.log())
+        elif normalised_by:
+            gdn = model.get_submodule(normalised_by)
+            beta, gamma = gdn.coefficients()
+            power = s**-2 if isinstance(gdn, IGDN) else s**2
+            gdn.beta.copy_(torch.sqrt(beta * power + PEDESTAL))
+            gdn.gamma.copy_(torch.sqrt(gamma * power[:, None] + PEDESTAL))
+        else:
+            layer = model.get_submodule(made_by)
+            layer.weight.div_(along(channel_axes(model, made_by)[0], s))
+            layer.bias.div_(s)
+
+
+def along(axis, v):
+    """A vector as a 4-d tensor that broadcasts along `axis` of a kernel."""
+    return v.view([-1 if k == axis else 1 for k in range(4)])
+
+
+@torch.no_grad()
+def _inputs(model, x):
+    """What each convolution receives, over the images x (B, 3, H, W) and the levels: {layer: (levels B, in, h, w)}."""
+    seen = {name: [] for name in INPUTS}
+    hooks = [model.get_submodule(name).register_forward_pre_hook(lambda _, inputs, name=name: seen[name].append(inputs[0]))
+             for name in INPUTS]  # fmt: skip
     for level in range(len(model.lambdas)):
         model(x, torch.full((len(x),), float(level)))
     for hook in hooks:
         hook.remove()
-    return {name: least_error_scale(torch.cat(values)[None], *INPUTS[name])[0] for name, values in seen.items()}
+    return {name: torch.cat(tensors) for name, tensors in seen.items()}
+
+
+def input_scales(model, x):
+    """Least-error scales of the inputs of a float model's layers: {layer: ()} over the images x (B, 3, H, W)
+    at every level."""
+    scales = {}
+    for name, tensor in _inputs(model, x).items():
+        if INPUTS[name]:
+            values = tensor.flatten()
+            values = values[:: len(values) // 400_000 | 1]  # an odd stride, or it would see only even columns
+            scales[name] = least_error_scale(values[None], *INPUTS[name])[0]
+    return scales
 
 
 @torch.no_grad()
-def quantize_layers(model, scales=None):
-    """Replace every convolution by its quantized form, in place.
+def quantize_layers(model, scales=None, names=INPUTS):
+    """Replace the convolutions called `names`, by default all, by their quantized form, in place.
 
     scales: from `input_scales`; without it all scales are 1, to be loaded from a state_dict.
     """
-    for name, input_range in INPUTS.items():
+    for name in names:
+        input_range = INPUTS[name]
         network, layer_name = name.split(".")
         layer = model.get_submodule(name)
         form = QuantizedConvTranspose2d if isinstance(layer, nn.ConvTranspose2d) else QuantizedConv2d
@@ -131,8 +186,7 @@ def quantize_layers(model, scales=None):
         quantized.output_padding = layer.output_padding
         quantized.attach(layer, input_range)
         if scales:
-            rows = layer.weight.transpose(0, form.out_axis).flatten(1)  # (out, in * k * k)
-            quantized.weight_scale.copy_(least_error_scale(rows, *WEIGHT).view_as(quantized.weight_scale))
+            quantized.weight_scale.copy_(along(form.out_axis, least_error_scale(rows(layer), *WEIGHT)))
             if input_range:
                 quantized.input_scale.copy_(scales[name])
         if network == "h_s":

@@ -67,7 +67,7 @@ def rate_distortion(out, x, lmbda):
     """J, bpp of y, bpp of z, MSE of each image, all (B,). out: models.Output; lmbda: (B,)."""
     pixels = x.shape[2] * x.shape[3]
     mse = (out.x_hat - x).square().mean((1, 2, 3))
-    y_bpp, z_bpp = out.y_bits / pixels, out.z_bits / pixels
+    y_bpp, z_bpp = out.y_bits.sum(1) / pixels, out.z_bits.sum(1) / pixels
     return y_bpp + z_bpp + lmbda * 255**2 * mse, y_bpp, z_bpp, mse
 
 

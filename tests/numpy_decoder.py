@@ -47,6 +47,10 @@ def gdn(x, beta, gamma, inverse):
     return x * np.sqrt(energy) if inverse else x / np.sqrt(energy)
 
 
+def leaky_relu(x):
+    return np.where(x < 0, x / 8, x)
+
+
 class Decoder:
     """arrays: what `python -m lic export` writes."""
 
@@ -72,8 +76,8 @@ class Decoder:
 
     def float_h_s(self, z_hat):
         """z_hat (Z, h, w) integers -> mean (M, 4h, 4w) and table index, in float64."""
-        x = np.maximum(self.layer("h_s.conv1", z_hat.astype(np.float64)), 0)
-        x = np.maximum(self.layer("h_s.conv2", x), 0)
+        x = leaky_relu(self.layer("h_s.conv1", z_hat.astype(np.float64)))
+        x = leaky_relu(self.layer("h_s.conv2", x))
         mean, log_scale = np.split(self.layer("h_s.conv3", x), 2)
         return mean, np.clip(np.rint((log_scale - LOG_SCALE_MIN) / LOG_SCALE_STEP), 0, 63)
 
@@ -84,9 +88,9 @@ class Decoder:
             weight, bias, multiplier = (self.arrays[f"{name}.{field}"].astype(np.float64)
                                         for field in ("weight", "integer_bias", "multiplier"))  # fmt: skip
             sums = conv(x, weight, bias, stride=1) if name == "h_s.conv3" else deconv(x, weight, bias)
-            rounded = np.rint(sums * multiplier[:, None, None])
-            x = np.clip(rounded, 0, 255)
-        mean, index = np.split(rounded, 2)
+            if name == "h_s.conv3":
+                mean, index = np.split(np.rint(sums * multiplier[:, None, None]), 2)
+            x = np.clip(np.rint(leaky_relu(sums) * multiplier[:, None, None]), -32, 223)
         return mean / 4096, np.clip(index, 0, 63)
 
     def g_s(self, y):

@@ -158,7 +158,7 @@ class Exploit:
 def test_a_checkpoint_with_code_in_it_is_refused_and_the_code_not_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     buffer = io.BytesIO()
-    torch.save({"format": "lic checkpoint", "version": 1, "config": Exploit()}, buffer)
+    torch.save({"format": "lic checkpoint", "version": 2, "config": Exploit()}, buffer)
     for content in (buffer.getvalue(), pickle.dumps(Exploit())):
         (tmp_path / "a.pt").write_bytes(content)
         with pytest.raises(LicError, match="not a lic checkpoint"):

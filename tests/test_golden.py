@@ -12,7 +12,7 @@ import pytest
 import torch
 from golden.make import FOLDER, Recorder
 from helpers import ROOT, run_script
-from numpy_decoder import Decoder, conv, deconv, gdn
+from numpy_decoder import Decoder, conv, deconv, gdn, leaky_relu
 from PIL import Image
 
 from lic import coder
@@ -178,8 +178,8 @@ def test_layer_vectors_are_what_plain_numpy_computes(name):
     network, layer = name.split(".")
     if layer.startswith("gdn"):
         output = gdn(x, arrays[f"{name}.beta"], arrays[f"{name}.gamma"], inverse=network == "g_s")
-    elif layer.startswith("relu"):
-        output = np.maximum(x, 0)
+    elif layer.startswith("lrelu"):
+        output = leaky_relu(x)
     elif network == "g_s" or name in ("h_s.conv1", "h_s.conv2"):
         output = deconv(x, arrays[f"{name}.weight"], arrays[f"{name}.bias"])
     else:
