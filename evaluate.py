@@ -171,6 +171,8 @@ def plot(path, pyplot, ours, others):
 
 def main():
     args = parse_args()
+    if args.held_out and not args.data:
+        raise LicError("--held-out needs --data, the folder that training used")
     for path in filter(None, (args.json, args.plot)):
         check_writable(path)
     pyplot = import_pyplot() if args.plot else None
@@ -180,7 +182,7 @@ def main():
     paths = find_images(args.data)[:: HELD_OUT if args.held_out else 1] if args.data else []
     images = [read_image(path) for path in paths] or [dead_leaves(seed) for seed in range(1000, 1004)]
     pixels = sum(image.shape[0] * image.shape[1] for image in images)
-    print(f"{len(images)} images, {pixels} pixels, {torch.get_num_threads()} threads")
+    print(f"images: {len(images)}, {pixels} pixels, {torch.get_num_threads()} threads")
 
     checkpoints = []
     for path in args.checkpoints:

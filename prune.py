@@ -41,13 +41,15 @@ def main():
         dense = model.config
         keep = {group: torch.tensor(kept) for group, kept in plan["keep"].items()}
         calibration = fixed_crops(train, 16, args.crop)
-        cuts = [narrow(model, keep), narrow(model, keep, observe(model, calibration))]  # means dropped, means folded
-        model = min(cuts, key=lambda cut: mean_loss(cut, calibration).log().sum())
+        cuts = {"dropped": narrow(model, keep), "folded": narrow(model, keep, observe(model, calibration))}
+        losses = {means: mean_loss(cut, calibration).log().mean().exp().item() for means, cut in cuts.items()}
+        print("J of the cut, geometric mean over the levels:", *(f"means {means} {J:.4f}" for means, J in losses.items()))
+        model = cuts[min(losses, key=losses.get)]
         metrics["held_out_J_cut"] = mean_loss(model, held_out).tolist()
-        metrics["plan"] = {k: plan[k] for k in ("method", "importance", "target", "of", "alpha", "ratio", "widths", "sparsity")}
+        metrics["plan"] = {k: plan[k] for k in ("method", "importance", "target", "of", "alpha", "ratio", "widths", "sparsity")} | {"J_cut": losses}
         print(f"parameters {parameters(dense):,} -> {parameters(model.config):,}, kMAC/pixel "
               f"{kmac_per_pixel(dense)['total']:.2f} -> {kmac_per_pixel(model.config)['total']:.2f}")  # fmt: skip
-    fit(model, train, held_out, args, parent=meta["fingerprint"])
+    fit(model, train, held_out, args, parent=[meta["fingerprint"], plan and plan["keep"]])
     metrics["held_out_J_tuned"] = mean_loss(model, held_out).tolist()
 
     for name, J in metrics.items():

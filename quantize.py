@@ -17,7 +17,8 @@ from lic.checkpoint import load, save
 from lic.files import check_writable, run
 from lic.images import fixed_crops, load_images
 from lic.integer import freeze_h_s
-from lic.quantization import INPUTS, WEIGHT, equalize, fake_quantize, input_scales, least_error_scale, quantize_layers, rows
+from lic.pruning import rows
+from lic.quantization import INPUTS, WEIGHT, equalize, fake_quantize, input_scales, least_error_scale, quantize_layers
 from lic.training import add_training_arguments, fit, mean_loss
 
 
@@ -34,9 +35,9 @@ def report(model, calibration, held_out):
     """Print the rise of J, mean over the levels, that each part costs without training."""
     base = mean_loss(model, held_out)
 
-    def rise(start, activations=True, names=INPUTS):
+    def rise(start, scales, activations=True, names=INPUTS):
         quantized = copy.deepcopy(start)
-        quantize_layers(quantized, input_scales(start, calibration), names)
+        quantize_layers(quantized, scales, names)
         for name in names:
             if not activations:
                 quantized.get_submodule(name).input_range = None
@@ -45,17 +46,18 @@ def report(model, calibration, held_out):
     equalized = copy.deepcopy(model)
     equalize(equalized, calibration)
     for what, start in {"as trained": model, "equalized": equalized}.items():
-        print(f"{what}: weights alone {rise(start, activations=False):+.2%}, weights and activations {rise(start):+.2%}")
+        scales = input_scales(start, calibration)
+        print(f"{what}: weights alone {rise(start, scales, False):+.2%}, weights and activations {rise(start, scales):+.2%}")
     print("\none network at a time, equalized")
     for network in ("g_a", "h_a", "h_s", "g_s"):
         names = [name for name in INPUTS if name.startswith(network)]
-        print(f"{network:10} {rise(equalized, False, names):+.3%}, with its inputs {rise(equalized, True, names):+.3%}")
+        print(f"{network:10} {rise(equalized, scales, False, names):+.3%}, with its inputs {rise(equalized, scales, True, names):+.3%}")
     print("\none layer at a time, equalized        its weights' error: mean and worst row, and mean with scales by the maximum")
     for name in INPUTS:
         W = rows(equalized.get_submodule(name))
         error = [(fake_quantize(W, scale[:, None], *WEIGHT) - W).norm(dim=1) / W.norm(dim=1).clamp(min=1e-12)
                  for scale in (least_error_scale(W, *WEIGHT), W.abs().amax(1).clamp(min=1e-12) / WEIGHT[1])]  # fmt: skip
-        print(f"{name:10} {rise(equalized, False, [name]):+.3%}, with its input {rise(equalized, True, [name]):+.3%}"
+        print(f"{name:10} {rise(equalized, scales, False, [name]):+.3%}, with its input {rise(equalized, scales, True, [name]):+.3%}"
               f"    {error[0].mean():.3%}  {error[0].max():.3%}  {error[1].mean():.3%}")  # fmt: skip
 
 

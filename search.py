@@ -23,20 +23,20 @@ from lic.training import count, mean_loss, positive, rate
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", default="runs/base.pt", help="dense codec (default: runs/base.pt)")
+    parser.add_argument("--checkpoint", default="runs/base.pt", help="codec to prune (default: runs/base.pt)")
     parser.add_argument("--data", help="folder of images, searched recursively (default: synthetic images)")
     parser.add_argument("--target", type=float, default=0.5, help="share to remove, 0 to 1 (default: 0.5)")
     parser.add_argument("--of", choices=("params", "macs", "both"), default="params",
                         help="what the target counts; both: the smaller share of the two (default: params)")
-    parser.add_argument("--delta", type=rate, default=0.02, help="how near to the target is enough (default: 0.02)")
+    parser.add_argument("--delta", type=rate, default=0.02, help="how far from the target a plan may be (default: 0.02)")
     parser.add_argument("--method", choices=("threshold", "evolve", "uniform"), default="threshold",
                         help="threshold on sensitivities; the same, then evolved; or one ratio for all groups (default: threshold)")  # fmt: skip
     parser.add_argument("--importance", choices=("variance", "taylor", "l1"), default="variance",
                         help="which channels of a group go first (default: variance)")  # fmt: skip
-    parser.add_argument("--sensitivities", help="take them from this earlier plan of the same checkpoint (default: measure them)")
-    parser.add_argument("--tries", type=positive, default=200, help="plans that evolve measures (default: 200)")
+    parser.add_argument("--sensitivities", help="take them from this plan of the same checkpoint (default: measure them)")
+    parser.add_argument("--tries", type=positive, default=200, help="plans that evolve tries (default: 200)")
     parser.add_argument("--seed", type=count, default=0, help="of evolve (default: 0)")
-    parser.add_argument("--crops", type=positive, default=16, help="calibration images (default: 16)")
+    parser.add_argument("--crops", type=positive, default=16, help="calibration images, at most (default: 16)")
     parser.add_argument("--crop", type=positive, default=256, help="their side in pixels, a multiple of 64 (default: 256)")
     parser.add_argument("--amp", action="store_true", help="bf16 autocast: faster with AVX-512 bf16")
     parser.add_argument("--out", default="runs/plan.json", help="plan to write (default: runs/plan.json)")
@@ -53,7 +53,8 @@ def main():
     train, _ = load_images(args.data, args.crop)
     x = fixed_crops(train, args.crops, args.crop)  # (crops, 3, crop, crop)
 
-    scores, statistics = importance(model, x, args.importance), observe(model, x)
+    statistics = observe(model, x)
+    scores = importance(model, x, statistics, args.importance)
     J = mean_loss(model, x, args.amp)
 
     def keep(widths):
@@ -64,21 +65,22 @@ def main():
 
     table, alpha, ratio = None, None, None
     if args.method == "uniform":
-        ratio, widths, S = nas.uniform_widths(model.config, args.target, args.of, args.delta)
+        ratio, widths, S = nas.uniform_widths(model.config, args.target, args.of)
         print(f"ratio {ratio:.3f} for every group")
     else:
         if args.sensitivities:
             earlier = load_plan(args.sensitivities, meta["fingerprint"])
             if not earlier["sensitivity"] or earlier["importance"] != args.importance:
-                raise LicError(f"{args.sensitivities} holds no sensitivities with --importance {args.importance}")
+                raise LicError(f"{args.sensitivities} holds no sensitivities with --importance {args.importance}; "
+                               f"leave out --sensitivities to measure them")  # fmt: skip
             table = {group: {int(width): zeta for width, zeta in row.items()} for group, row in earlier["sensitivity"].items()}
         else:
             print("rise of J when one group alone keeps so many channels, mean over the levels")
             table = nas.sensitivities(model.config, rise)
-        alpha, widths, S = nas.adaptive_search(table, model.config, args.target, args.of, args.delta)
+        alpha, widths, S = nas.adaptive_search(table, model.config, args.target, args.of)
         print(f"alpha {alpha:.5f}")
     if abs(S - args.target) > args.delta:
-        raise LicError(f"no plan removes {args.target:.0%} of the {args.of} within {args.delta:.0%}; "
+        raise LicError(f"no plan removes {args.target:.0%} of {args.of} within {args.delta:.0%}; "
                        f"the nearest removes {S:.1%}: change --target or --delta")  # fmt: skip
     if args.method == "evolve":
         widths = nas.evolve(rise, widths, model.config, args.of, args.tries, np.random.default_rng(args.seed))
@@ -86,7 +88,8 @@ def main():
     J_zeros, J_means = (mean_loss(narrow(model, keep(widths), s), x, args.amp) for s in (None, statistics))
     sparsity = nas.sparsity(model.config, widths)
     plan = {"format": "lic plan", "baseline": meta["fingerprint"], "method": args.method,
-            "importance": args.importance, "target": args.target, "of": args.of, "alpha": alpha, "ratio": ratio, "widths": widths,
+            "importance": args.importance, "target": args.target, "of": args.of, "alpha": alpha, "ratio": ratio,
+            "lambdas": model.lambdas, "widths": widths,
             "keep": {group: indices.tolist() for group, indices in keep(widths).items()},
             "sparsity": sparsity, "sensitivity": table,
             "J": J.tolist(), "J_zeros": J_zeros.tolist(), "J_means": J_means.tolist()}  # fmt: skip

@@ -13,22 +13,23 @@ from lic.checkpoint import load_plan, save
 from lic.files import LicError, check_writable, run
 from lic.images import fixed_crops, load_images
 from lic.models import PRESETS, Codec, preset_config
-from lic.training import add_training_arguments, fit, mean_loss
+from lic.training import add_training_arguments, fit, mean_loss, rate
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="tiny", help="widths and lambdas (default: tiny)")
-    parser.add_argument("--lambdas", type=float, nargs="+", help="one a rate level, rising (default: the preset's)")
-    parser.add_argument("--plan", help="take the widths of this plan of search.py: pruning's control from scratch (default: the preset's)")
+    parser.add_argument("--lambdas", type=rate, nargs="+", help="one a rate level, rising (default: the preset's)")
+    parser.add_argument("--plan", help="take widths and lambdas from this plan of search.py: training from scratch, to compare "
+                        "with pruning (default: the preset's)")  # fmt: skip
     add_training_arguments(parser, steps=1000, lr=2e-3, out="runs/base.pt")
     return parser.parse_args()
 
 
 def main():
     args = parse_args()
-    if args.lambdas and sorted(set(args.lambdas)) != args.lambdas or args.lambdas and args.lambdas[0] <= 0:
-        raise LicError(f"--lambdas {args.lambdas}: give positive numbers in rising order")
+    if args.lambdas and sorted(set(args.lambdas)) != args.lambdas:
+        raise LicError(f"--lambdas {args.lambdas}: give them in rising order")
     check_writable(args.out)
     train, validation = load_images(args.data, args.crop)
     held_out = fixed_crops(validation, 16, args.crop)
@@ -36,9 +37,9 @@ def main():
     torch.manual_seed(args.seed)
     config = preset_config(args.preset, args.lambdas)
     if args.plan:
-        config["widths"] = load_plan(args.plan)["widths"]
+        config = {key: load_plan(args.plan)[key] for key in ("widths", "lambdas")}
     model = Codec(config)
-    print(f"{args.preset}: {sum(p.numel() for p in model.parameters()):,} parameters, "
+    print(f"{args.plan or args.preset}: {sum(p.numel() for p in model.parameters()):,} parameters, "
           f"{len(train)} training images, {args.steps} steps of {args.batch} crops of {args.crop}x{args.crop}")  # fmt: skip
     fit(model, train, held_out, args)
 

@@ -80,7 +80,7 @@ def load(path, stages=None):
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise LicError(f"{path} is not a lic checkpoint; give a file that train.py, prune.py or quantize.py wrote")
     if checkpoint.get("version") != VERSION:
-        raise LicError(f"{path} has checkpoint version {checkpoint.get('version')}; this program reads {VERSION}")
+        raise LicError(f"{path} has checkpoint version {checkpoint.get('version')}; this program reads {VERSION}: train again")
     if stages and checkpoint.get("stage") not in stages:
         raise LicError(f"{path} is a checkpoint of stage {checkpoint.get('stage')!r}; this needs one of {', '.join(stages)}")
     try:
@@ -107,12 +107,12 @@ def load_plan(path, baseline=None):
     """What search.py wrote, a dict; baseline: fingerprint of the checkpoint that it must have been made for."""
     try:
         plan = json.loads(read_bytes(path))
-        complete = plan["format"] == "lic plan" and plan["keep"].keys() == plan["widths"].keys() == GROUPS.keys()
-        made_for = plan["baseline"][:16]
+        complete = plan["format"] == "lic plan" and all(len(plan["keep"][g]) == plan["widths"][g] > 0 for g in GROUPS)
+        complete = complete and isinstance(plan["baseline"], str)
     except (ValueError, KeyError, TypeError, AttributeError):
         complete = False
     if not complete:
         raise LicError(f"{path} is not a plan that search.py wrote")
     if baseline and plan["baseline"] != baseline:
-        raise LicError(f"{path} was made for checkpoint {made_for}, this one is {baseline[:16]}; run search.py on it")
+        raise LicError(f"{path} was made for checkpoint {plan['baseline'][:16]}, this one is {baseline[:16]}; run search.py on it")
     return plan

@@ -117,7 +117,7 @@ def random_crops(images, batch, crop, rng):
 
 
 def fixed_crops(images, count, crop):
-    """count centre squares spread over the images, the same at every call: (count, 3, crop, crop)."""
+    """count centre squares spread over the images, the same at every call, at most one an image: (count, 3, crop, crop)."""
     crops = []
     for index in np.linspace(0, len(images) - 1, min(count, len(images))).astype(int):
         image = images[index]

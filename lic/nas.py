@@ -5,7 +5,7 @@ J = R + lmbda * 255^2 * MSE with real rounding, on calibration crops. Following 
 1. zeta_g(w): relative rise of J, averaged over the levels, when only group g is narrowed to w.
 2. Given alpha, every group keeps the smallest w with zeta_g(w) <= alpha.
 3. Adaptive search: bisection over the values that alpha can usefully take until
-   |S - S_target| <= delta, S the share of the parameters (or multiply-accumulates) removed.
+   S is as near to S_target as it gets, S the share of the parameters (or multiply-accumulates) removed.
 
 Single-group sensitivities ignore how groups interact. `evolve` goes on from the threshold plan and measures
 whole plans; the control is `uniform_widths`, one ratio for all groups.
@@ -54,8 +54,8 @@ def threshold_widths(table, alpha):
     return {group: min((w for w, zeta in row.items() if zeta <= alpha), default=max(row)) for group, row in table.items()}
 
 
-def _bisect(widths_of, low, high, config, target, of, delta):
-    """Knob t in [low, high] with a rising sparsity: the try nearest to target; stops within delta."""
+def _bisect(widths_of, low, high, config, target, of):
+    """Knob t in [low, high] with a rising sparsity: the try nearest to target."""
     best = None
     for _ in range(50):
         t = (low + high) / 2
@@ -63,24 +63,22 @@ def _bisect(widths_of, low, high, config, target, of, delta):
         S = sparsity(config, widths)[of]
         if best is None or abs(S - target) < abs(best[2] - target):
             best = (t, widths, S)
-        if abs(S - target) <= delta:
-            break
         low, high = (t, high) if S < target else (low, t)
     return best
 
 
-def adaptive_search(table, config, target, of, delta):
+def adaptive_search(table, config, target, of):
     """Alpha, widths and sparsity of the threshold plan nearest to the target sparsity."""
     alphas = sorted({zeta for row in table.values() for zeta in row.values()})  # S changes nowhere else
 
     def widths_of(t):
         return threshold_widths(table, alphas[int(t)])
 
-    t, widths, S = _bisect(widths_of, 0, len(alphas) - 1e-9, config, target, of, delta)
+    t, widths, S = _bisect(widths_of, 0, len(alphas) - 1e-9, config, target, of)
     return alphas[int(t)], widths, S
 
 
-def uniform_widths(config, target, of, delta):
+def uniform_widths(config, target, of):
     """Ratio, widths and sparsity of the plan that narrows every group by the same ratio.
 
     Groups round at staggered points, interleaved over the four networks: if all rounded to the nearest
@@ -94,7 +92,7 @@ def uniform_widths(config, target, of, delta):
             widths[group] = min(full, max(MULTIPLE, narrowed))
         return widths
 
-    t, widths, S = _bisect(widths_of, 0.0, 1.0, config, target, of, delta)
+    t, widths, S = _bisect(widths_of, 0.0, 1.0, config, target, of)
     return 1 - t, widths, S
 
 
@@ -103,8 +101,8 @@ def evolve(rise, start, config, of, tries, rng, report=print):
 
     rise, as above, of all groups narrowed together is the fitness. Each try crosses two of the
     eight best plans group by group, moves two groups by one to three multiples, then spends what is left of the
-    budget. Real et al., "Regularized evolution for image classifier architecture search", arXiv:1802.01548, is
-    the pattern, without their ageing: here the fitness of a plan is measured without noise.
+    budget; a plan that was there before is not measured again. After Real et al., "Regularized evolution for image
+    classifier architecture search", arXiv:1802.01548, but with crossover, and the best are kept, none dies of age.
     """
     groups, budget = list(start), sparsity(config, start)[of]
     population, seen = [(rise(start), start)], {tuple(start.values())}
@@ -130,7 +128,10 @@ def _fit_budget(widths, config, of, budget, rng):
     widths.update({group: min(full[group], max(MULTIPLE, width)) for group, width in widths.items()})
     while sparsity(config, widths)[of] < budget:
         group = rng.choice([group for group in widths if widths[group] > MULTIPLE])
-        widths[group] -= MULTIPLE
+        widths[group] = max(MULTIPLE, widths[group] - MULTIPLE)
     for group in rng.permutation(list(widths)):
-        while widths[group] < full[group] and sparsity(config, {**widths, group: widths[group] + MULTIPLE})[of] >= budget:
-            widths[group] += MULTIPLE
+        while widths[group] < full[group]:
+            wider = min(full[group], widths[group] + MULTIPLE)
+            if sparsity(config, {**widths, group: wider})[of] < budget:
+                break
+            widths[group] = wider

@@ -13,7 +13,7 @@ from torch import nn
 
 from lic.gdn import PEDESTAL
 from lic.models import Codec
-from lic.training import rate_distortion
+from lic.training import mean_loss, rate_distortion
 
 GROUPS = {
     # group    made by       normalised by  used by
@@ -32,18 +32,23 @@ GROUPS = {
 }
 
 
-def channel_axes(model, layer):
+def channel_axes(layer):
     """(out axis, in axis) of a layer's weight: Conv2d is (out, in, ...), ConvTranspose2d (in, out, ...)."""
-    return (1, 0) if isinstance(model.get_submodule(layer), nn.ConvTranspose2d) else (0, 1)
+    return (1, 0) if isinstance(layer, nn.ConvTranspose2d) else (0, 1)
+
+
+def rows(layer):
+    """The weight as (out, in * k * k)."""
+    return layer.weight.detach().transpose(0, channel_axes(layer)[0]).flatten(1)
 
 
 def cuts(model, group, keep):
     """Every (tensor name, axis, indices to keep) that narrowing `group` to the channels `keep` touches."""
     made_by, normalised_by, used_by = GROUPS[group]
-    yield f"{made_by}.weight", channel_axes(model, made_by)[0], keep
+    yield f"{made_by}.weight", channel_axes(model.get_submodule(made_by))[0], keep
     yield f"{made_by}.bias", 0, keep
     for layer in used_by:
-        yield f"{layer}.weight", channel_axes(model, layer)[1], keep
+        yield f"{layer}.weight", channel_axes(model.get_submodule(layer))[1], keep
     if group == "z":  # every tensor of the prior is channel first
         for name, _ in model.prior_z.named_parameters():
             yield f"prior_z.{name}", 0, keep
@@ -67,7 +72,7 @@ def narrow(model, keep, statistics=None):
     """
     state = model.state_dict()
     if statistics:
-        for group, indices in keep.items():
+        for group, indices in keep.items():  # all before the first cut: a fold reads whole weights
             fold(model, state, group, indices, statistics)
     for group, indices in keep.items():
         for name, axis, kept in cuts(model, group, indices):
@@ -92,44 +97,47 @@ def fold(model, state, group, keep, statistics):
         transposed = isinstance(model.get_submodule(layer), nn.ConvTranspose2d)
         taps = state[f"{layer}.weight"].sum((2, 3))  # (out, in), or (in, out)
         taps = taps.T / 4 if transposed else taps
-        state[f"{layer}.bias"] = state[f"{layer}.bias"] + taps[:, gone] @ statistics.mean[layer][gone]
+        state[f"{layer}.bias"] = state[f"{layer}.bias"] + taps[:, gone] @ statistics.mean[layer][gone].to(taps)
     if group in statistics.energy:
         beta, gamma = model.get_submodule(normalised_by).coefficients()
-        state[f"{normalised_by}.beta"] = torch.sqrt(beta + gamma[:, gone] @ statistics.energy[group][gone] + PEDESTAL)
+        state[f"{normalised_by}.beta"] = torch.sqrt(beta + gamma[:, gone] @ statistics.energy[group][gone].to(gamma) + PEDESTAL)
 
 
-class Statistics(NamedTuple):
+class Statistics(NamedTuple):  # in float64
     variance: dict  # of what a group hands to its first reader, after GDN, leaky ReLU or rounding: {group: (width,)}
-    mean: dict  # of the input of each layer that reads a group: {layer: (in,)}
+    mean: dict  # of the input of each layer that reads or normalises a group: {layer: (in,)}
     energy: dict  # mean square of what enters a group's GDN: {group: (width,)}
 
 
 @torch.no_grad()
-def observe(model, x):
-    """Statistics over the images x (B, 3, H, W), in batches of four, and over the levels."""
-    mean, square, hooks = {}, {}, []
-
-    def watch(layer):
-        mean[layer] = square[layer] = 0
-
-        def hook(module, inputs):
-            mean[layer] = mean[layer] + inputs[0].sum((0, 2, 3)) / inputs[0].shape[2:].numel() / samples
-            square[layer] = square[layer] + inputs[0].square().sum((0, 2, 3)) / inputs[0].shape[2:].numel() / samples
-
-        hooks.append(model.get_submodule(layer).register_forward_pre_hook(hook))
-
-    gdns = {group: gdn for group, (_, gdn, _) in GROUPS.items() if gdn and "gdn" in gdn}
-    for layer in [*gdns.values(), *(layer for _, _, used_by in GROUPS.values() for layer in used_by)]:
-        watch(layer)
-    samples = len(x) * len(model.lambdas)
+def watch(model, x, layers, summary):
+    """summary(input) of each layer for each batch of four of the images x (B, 3, H, W), at each level: {layer: [...]}."""
+    seen = {layer: [] for layer in layers}
+    hooks = [model.get_submodule(name).register_forward_pre_hook(lambda _, inputs, name=name: seen[name].append(summary(inputs[0])))
+             for name in layers]  # fmt: skip
     for level in range(len(model.lambdas)):
         for batch in x.split(4):
             model(batch, torch.full((len(batch),), float(level)))
     for hook in hooks:
         hook.remove()
-    readers = {group: used_by[0] for group, (_, _, used_by) in GROUPS.items()}
-    variance = {group: square[layer] - mean[layer] ** 2 for group, layer in readers.items()}
-    return Statistics(variance, mean, {group: square[gdn] for group, gdn in gdns.items()})
+    return seen
+
+
+def observe(model, x):
+    """Statistics over the images x (B, 3, H, W) and the levels; sums in float64, or a nearly constant channel's
+    variance would be noise."""
+
+    def sums(v):  # (C,) of v and of v^2, and how many positions they are over
+        return torch.stack([v.double().sum((0, 2, 3)), v.double().square().sum((0, 2, 3))]), v[:, 0].numel()
+
+    gdns = {group: gdn for group, (_, gdn, _) in GROUPS.items() if gdn and "gdn" in gdn}
+    readers = {group: used_by for group, (_, _, used_by) in GROUPS.items()}
+    mean, square = {}, {}
+    for layer, parts in watch(model, x, [*gdns.values(), *sum(readers.values(), [])], sums).items():
+        mean[layer], square[layer] = sum(part for part, _ in parts) / sum(count for _, count in parts)
+    variance = {group: square[used_by[0]] - mean[used_by[0]] ** 2 for group, used_by in readers.items()}
+    energy = {group: square[gdn] for group, gdn in gdns.items()}
+    return Statistics(variance, mean, energy)
 
 
 def taylor(model, x):
@@ -137,8 +145,9 @@ def taylor(model, x):
 
         J(a -> mean) - J(a) ~ sum over positions of dJ/da (mean - a)        a: output of the layer that makes it
 
-    summed in squares over images and levels, J relative to the level's mean. Molchanov, Mallya, Tyree, Frosio,
-    Kautz, "Importance estimation for neural network pruning", arXiv:1906.10771, with the mean in the place of zero.
+    summed in squares over images and levels, J relative to the level's mean; mean: over a batch of four images.
+    Molchanov, Mallya, Tyree, Frosio, Kautz, "Importance estimation for neural network pruning", arXiv:1906.10771,
+    with the mean in the place of zero.
     """
     outputs = {}
     hooks = [
@@ -146,11 +155,11 @@ def taylor(model, x):
         for group, (made_by, _, _) in GROUPS.items()
     ]
     scores = {group: 0 for group in GROUPS}
-    for level, lmbda in enumerate(model.lambdas):
+    for level, mean_J in enumerate(mean_loss(model, x).tolist()):
         for batch in x.split(4):
-            J = rate_distortion(model(batch, torch.full((len(batch),), float(level))), batch, lmbda)[0]
-            grads = torch.autograd.grad((J / J.detach().mean()).sum(), list(outputs.values()))
-            for (group, a), grad in zip(outputs.items(), grads):
+            out = model(batch, torch.full((len(batch),), float(level)))
+            J = rate_distortion(out, batch, model.lambdas[level])[0].sum() / mean_J
+            for (group, a), grad in zip(outputs.items(), torch.autograd.grad(J, list(outputs.values()))):
                 a = a.detach()
                 scores[group] = scores[group] + (grad * (a - a.mean((0, 2, 3), keepdim=True))).sum((2, 3)).square().sum(0)
     for hook in hooks:
@@ -158,21 +167,20 @@ def taylor(model, x):
     return scores
 
 
-def importance(model, x, measure="variance"):
+def importance(model, x, statistics, measure="variance"):
     """How much a channel matters, {group: (width,)}, by one of three measures over the images x (B, 3, H, W):
 
-    variance  of what it hands to the layer that reads it: a channel that hardly varies says little
+    variance  of what it hands to the layer that reads it, from `statistics`: a channel that hardly varies says little
               (Polyak and Wolf, "Channel-level acceleration of deep face representations", IEEE Access 2015)
     taylor    first-order change of J when it goes, see `taylor`
     l1        L1 norm of the weights that make it (Li et al., "Pruning filters for efficient ConvNets",
               arXiv:1608.08710); blind to what GDN does after
     """
     if measure == "variance":
-        return observe(model, x).variance
+        return statistics.variance
     if measure == "taylor":
         return taylor(model, x)
-    axes = {group: (made_by, channel_axes(model, made_by)[0]) for group, (made_by, _, _) in GROUPS.items()}
-    return {g: model.get_submodule(layer).weight.detach().abs().transpose(0, axis).sum((1, 2, 3)) for g, (layer, axis) in axes.items()}
+    return {group: rows(model.get_submodule(made_by)).abs().sum(1) for group, (made_by, _, _) in GROUPS.items()}
 
 
 def most_important(scores, width):

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from lic.entropy import round_ste
 from lic.gdn import IGDN, PEDESTAL
-from lic.pruning import GROUPS, channel_axes
+from lic.pruning import GROUPS, channel_axes, rows, watch
 
 SIGNED, LEAKY, WEIGHT = (-128, 127), (-32, 223), (-127, 127)
 INPUTS = {  # layer: integer range of its input; None where no quantizer is needed
@@ -54,11 +54,6 @@ def least_error_scale(v, low, high):
         best = torch.where(error < least, scale, best)
         least = torch.minimum(error, least)
     return best
-
-
-def rows(layer):
-    """The weight as (out, in * k * k)."""
-    return layer.weight.detach().transpose(0, 1 if isinstance(layer, nn.ConvTranspose2d) else 0).flatten(1)
 
 
 class _Quantized:
@@ -109,24 +104,25 @@ def equalize(model, x):
 
     One scale serves a whole input and one a whole row of weights: a channel a tenth as large as the others has a tenth
     of their 256 steps, and a channel a hundred times as large magnifies the error of its weights. Dividing
-    channel c by s_c and multiplying what reads it by s_c changes nothing in exact arithmetic, and the division costs
-    nothing: GDN's beta_c and gamma[c] take s_c^2, the inverse gain takes s_c, a leaky ReLU passes it to the layer before.
+    channel c by s_c and multiplying what reads it by s_c changes nothing in exact arithmetic, as long as beta stays above its
+    bound, and the division costs nothing: GDN's beta_c and gamma[c] take s_c^2, the inverse gain takes s_c, and a leaky ReLU
+    passes it to the layer before.
 
         s_c = sqrt(largest |input| / largest |weight|), divided by the geometric mean over the channels
 
-    Nagel et al., "Data-free quantization through weight equalization and bias correction", arXiv:1906.04721, with
-    inputs measured over the images x (B, 3, H, W), and GDN and gains in the place of their ReLU.
+    over the images x (B, 3, H, W). Xiao et al., "SmoothQuant", arXiv:2211.10438, with alpha = 1/2; through a
+    rectifier: Nagel et al., "Data-free quantization through weight equalization and bias correction", arXiv:1906.04721.
     """
-    largest = {name: tensor.abs().amax((0, 2, 3)) for name, tensor in _inputs(model, x).items()}
-    for group, (made_by, normalised_by, used_by) in GROUPS.items():
-        if group == "z":  # integers: what is coded
-            continue
-        reader = "g_s.conv1" if group == "y" else used_by[0]
-        weight, axis = model.get_submodule(reader).weight, channel_axes(model, reader)[1]
-        largest_weight = weight.abs().transpose(0, axis).amax((1, 2, 3))
-        s = torch.sqrt(largest[reader].clamp(min=1e-6) / largest_weight.clamp(min=1e-6))  # a dead channel is 0
-        s = (s / s.log().mean().exp()).clamp(1e-2, 1e2)
-        weight.mul_(along(axis, s))
+    readers = {group: used_by[0] for group, (_, _, used_by) in GROUPS.items() if group != "z"}  # z is what is coded
+    largest = watch(model, x, readers.values(), lambda v: v.abs().amax((0, 2, 3)))
+    for group, name in readers.items():
+        reader, (made_by, normalised_by, _) = model.get_submodule(name), GROUPS[group]
+        axis = channel_axes(reader)[1]
+        peak = torch.stack(largest[name]).amax(0)
+        alive = peak > 1e-6
+        s = torch.sqrt(peak / reader.weight.abs().transpose(0, axis).amax((1, 2, 3)).clamp(min=1e-6))
+        s = torch.where(alive, (s / s[alive].log().mean().exp()).clamp(1e-2, 1e2), 1)
+        reader.weight.mul_(along(axis, s))
         if group == "y":
             model.log_inverse_gain.sub_(s.log())
         elif normalised_by:
@@ -137,7 +133,7 @@ def equalize(model, x):
             gdn.gamma.copy_(torch.sqrt(gamma * power[:, None] + PEDESTAL))
         else:
             layer = model.get_submodule(made_by)
-            layer.weight.div_(along(channel_axes(model, made_by)[0], s))
+            layer.weight.div_(along(channel_axes(layer)[0], s))
             layer.bias.div_(s)
 
 
@@ -146,29 +142,15 @@ def along(axis, v):
     return v.view([-1 if k == axis else 1 for k in range(4)])
 
 
-@torch.no_grad()
-def _inputs(model, x):
-    """What each convolution receives, over the images x (B, 3, H, W) and the levels: {layer: (levels B, in, h, w)}."""
-    seen = {name: [] for name in INPUTS}
-    hooks = [model.get_submodule(name).register_forward_pre_hook(lambda _, inputs, name=name: seen[name].append(inputs[0]))
-             for name in INPUTS]  # fmt: skip
-    for level in range(len(model.lambdas)):
-        model(x, torch.full((len(x),), float(level)))
-    for hook in hooks:
-        hook.remove()
-    return {name: torch.cat(tensors) for name, tensors in seen.items()}
-
-
 def input_scales(model, x):
     """Least-error scales of the inputs of a float model's layers: {layer: ()} over the images x (B, 3, H, W)
     at every level."""
-    scales = {}
-    for name, tensor in _inputs(model, x).items():
-        if INPUTS[name]:
-            values = tensor.flatten()
-            values = values[:: len(values) // 400_000 | 1]  # an odd stride, or it would see only even columns
-            scales[name] = least_error_scale(values[None], *INPUTS[name])[0]
-    return scales
+
+    def sample(v):
+        return v.flatten()[:: v.numel() // 20_000 | 1]  # an odd stride, or it would see only even columns
+
+    seen = watch(model, x, [name for name, input_range in INPUTS.items() if input_range], sample)
+    return {name: least_error_scale(torch.cat(values)[None], *INPUTS[name])[0] for name, values in seen.items()}
 
 
 @torch.no_grad()

@@ -96,7 +96,7 @@ def mean_loss(model, x, amp=False):
 
 
 def learning_rate(step, steps, peak):
-    """Linear warm-up, constant, then linear to peak / 50 over the last 40 %."""
+    """Linear warm-up, constant, then linear to peak / 50 over the last two thirds."""
     warmup, decline = phases(steps)
     if step < decline:
         return peak * min(1, (step + 1) / warmup)
@@ -106,7 +106,7 @@ def learning_rate(step, steps, peak):
 def phases(steps):
     """Length of the warm-up, and the step at which the decline begins. From 14,000 steps on the warm-up is the
     same, so that a run can be prolonged as if it had been meant to be longer from the start."""
-    return min(280, max(1, steps // 50)), steps * 3 // 5
+    return min(280, max(1, steps // 50)), steps // 3
 
 
 def fit(model, train, held_out, args, parent=None):
@@ -124,7 +124,7 @@ def fit(model, train, held_out, args, parent=None):
     held_out = held_out.to(args.device)
     optimizer = Optimizer(model)
     settings = {k: vars(args)[k] for k in ("data", "steps", "batch", "crop", "lr", "amp", "seed")}
-    settings |= {"config": model.config, "quantization": model.quantization, "parent": parent, "optimizer": "Muon and Adam"}
+    settings |= {"config": model.config, "quantization": model.quantization, "parent": parent, "recipe": "Muon and Adam, leaky ReLU, decline over two thirds"}
     state_path = args.out + ".state"
     first = load_state(state_path, model, optimizer, settings) if args.resume else 0
     lambdas = torch.tensor(model.lambdas, device=args.device)
@@ -208,8 +208,8 @@ def load_state(path, model, optimizer, settings):
     if changed == ["steps"]:
         (warmup, decline), (new_warmup, new_decline) = phases(made_with["steps"]), phases(settings["steps"])
         if done > min(decline, new_decline) or warmup != new_warmup:
-            raise LicError(f"{path} is at step {done} of {made_with['steps']}; --steps can change only before the last 40 % "
-                           f"of either number, and from 14,000 on")  # fmt: skip
+            raise LicError(f"{path} is at step {done} of {made_with['steps']}; --steps can change only in the first third "
+                           f"of the old and the new number, and only if both are 14,000 or more")  # fmt: skip
     elif changed:
         raise LicError(f"{path} was made with another {', '.join(changed)}; resume with the same settings")
     model.load_state_dict(state["model"])

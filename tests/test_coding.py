@@ -6,12 +6,15 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from helpers import lively_codec, photo_like
+from helpers import ROOT, lively_codec, photo_like
 
 from lic import bitstream, coder
+from lic.__main__ import image_coder as image_coder_of
 from lic.bitstream import HEADER, ImageCoder, build_tables, read_header
 from lic.entropy import LOG_SCALE_MIN, LOG_SCALE_STEP
 from lic.files import BadStream, LicError
+from lic.images import dead_leaves
+from lic.metrics import psnr
 
 
 def some_image(height, width):
@@ -198,3 +201,10 @@ def lengths_of(data):
 def test_unknown_quality_is_refused(image_coder, quality):
     with pytest.raises(LicError, match="between 0 and 3"):
         image_coder.compress(photo(), quality)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "checkpoints").glob("*.pt")), ids=lambda path: path.stem)
+def test_shipped_checkpoints_code_a_picture_well(path):
+    coder, image = image_coder_of(path), dead_leaves(7, 128)
+    quality = [psnr(image, coder.decompress(coder.compress(image, level))) for level in range(len(coder.model.lambdas))]
+    assert quality == sorted(quality) and 20 < quality[0] and quality[-1] < 45

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from helpers import ROOT, run_script
@@ -14,6 +15,7 @@ from lic.checkpoint import load
 from lic.images import read_image
 from lic.models import Codec, preset_config
 from lic.optimizer import Optimizer
+from lic.quantization import INPUTS
 from lic.training import load_state
 
 TRAIN = ["--crop", "64", "--batch", "2"]
@@ -62,6 +64,7 @@ def test_evaluation_has_every_figure_and_they_are_consistent(pipeline):
             assert row["ideal_bpp"] < row["bpp"] < 1.05 * row["ideal_bpp"] + header + 0.1
             assert 0 < row["ms_ssim"] < 1 and 5 < row["psnr"] < 40
             assert row["encode_seconds"] > 0 and row["decode_seconds"] > 0
+            assert 0 < row["alive_y"] <= checkpoint["channels"]["y"] and 0 <= row["alive_z"] <= checkpoint["channels"]["z"]
     for rows in result["classical"].values():
         assert [row["bpp"] for row in rows] == sorted(row["bpp"] for row in rows)
     assert "BD-rate" in (pipeline / "table.txt").read_text()
@@ -98,6 +101,39 @@ def test_a_target_that_no_plan_reaches_is_refused(pipeline, photos, monkeypatch,
                         "--method", "uniform", "--target", 0.99, "--out", pipeline / "no.json")  # fmt: skip
     assert status == 2 and "no plan removes 99%" in capsys.readouterr().err
     assert not (pipeline / "no.json").exists()
+
+
+def test_evolution_starts_from_the_threshold_plan_and_its_sensitivities(pipeline, photos, monkeypatch, capsys):
+    search = ["--checkpoint", pipeline / "base.pt", "--data", photos, "--crop", 64, "--crops", 2, "--target", 0.4, "--delta", 0.1]
+    arguments = [*search, "--method", "evolve", "--tries", 3, "--sensitivities", pipeline / "plan.json"]
+    assert run_script(monkeypatch, "search.py", *arguments, "--out", pipeline / "evolved.json") == 0
+    first, plan = (json.loads((pipeline / name).read_text()) for name in ("plan.json", "evolved.json"))
+    assert plan["method"] == "evolve" and plan["sensitivity"] == first["sensitivity"] and plan["alpha"] == first["alpha"]
+    assert plan["sparsity"]["params"] >= first["sparsity"]["params"]
+    rise = [np.mean(np.divide(p["J_means"], p["J"])) for p in (first, plan)]
+    assert rise[1] <= rise[0] + 1e-6
+    capsys.readouterr()
+    assert run_script(monkeypatch, "search.py", *arguments, "--importance", "l1", "--out", pipeline / "no.json") == 2
+    assert "no sensitivities with --importance l1" in capsys.readouterr().err and not (pipeline / "no.json").exists()
+
+
+def test_the_widths_of_a_plan_can_be_trained_from_scratch(pipeline, photos, monkeypatch):
+    arguments = ["--plan", pipeline / "plan.json", "--data", photos, *TRAIN, "--steps", 1, "--out", pipeline / "scratch.pt"]
+    assert run_script(monkeypatch, "train.py", *arguments) == 0
+    assert load(pipeline / "scratch.pt")[0].config == load(pipeline / "pruned.pt")[0].config
+
+
+def test_the_report_of_quantization_writes_nothing(pipeline, photos, monkeypatch, capsys):
+    arguments = ["--checkpoint", pipeline / "pruned.pt", "--data", photos, *TRAIN, "--report", "--out", pipeline / "no.pt"]
+    assert run_script(monkeypatch, "quantize.py", *arguments) == 0
+    text = capsys.readouterr().out
+    assert all(text.count(name) == 1 for name in INPUTS) and text.count("with its inputs") == 4
+    assert not (pipeline / "no.pt").exists()
+
+
+def test_only_what_training_held_out(pipeline, photos, monkeypatch, capsys):
+    assert run_script(monkeypatch, "evaluate.py", pipeline / "base.pt", "--data", photos, "--held-out") == 0
+    assert capsys.readouterr().out.startswith("images: 1,")
 
 
 def test_plot_without_matplotlib_is_a_sentence(pipeline, photos, monkeypatch, capsys):
