@@ -41,9 +41,9 @@ def main():
         dense = model.config
         keep = {group: torch.tensor(kept) for group, kept in plan["keep"].items()}
         calibration = fixed_crops(train, 16, args.crop)
-        cuts = {"dropped": narrow(model, keep), "folded": narrow(model, keep, observe(model, calibration))}
-        losses = {means: mean_loss(cut, calibration).log().mean().exp().item() for means, cut in cuts.items()}
-        print("J of the cut, geometric mean over the levels:", *(f"means {means} {J:.4f}" for means, J in losses.items()))
+        cuts = {"not folded": narrow(model, keep), "folded": narrow(model, keep, observe(model, calibration))}
+        losses = {how: mean_loss(cut, calibration).log().mean().exp().item() for how, cut in cuts.items()}
+        print("J of the cut, geometric mean over the levels:", *(f"{how} {J:.4f}" for how, J in losses.items()))
         model = cuts[min(losses, key=losses.get)]
         metrics["held_out_J_cut"] = mean_loss(model, held_out).tolist()
         metrics["plan"] = {k: plan[k] for k in ("method", "importance", "target", "of", "alpha", "ratio", "widths", "sparsity")} | {"J_cut": losses}

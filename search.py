@@ -31,8 +31,8 @@ def parse_args():
     parser.add_argument("--delta", type=rate, default=0.02, help="how far from the target a plan may be (default: 0.02)")
     parser.add_argument("--method", choices=("threshold", "evolve", "uniform"), default="threshold",
                         help="threshold on sensitivities; the same, then evolved; or one ratio for all groups (default: threshold)")  # fmt: skip
-    parser.add_argument("--importance", choices=("variance", "taylor", "l1"), default="variance",
-                        help="which channels of a group go first (default: variance)")  # fmt: skip
+    parser.add_argument("--importance", choices=("residual", "variance", "taylor", "l1"), default="residual",
+                        help="which channels of a group go first (default: residual)")  # fmt: skip
     parser.add_argument("--sensitivities", help="take them from this plan of the same checkpoint (default: measure them)")
     parser.add_argument("--tries", type=positive, default=200, help="plans that evolve tries (default: 200)")
     parser.add_argument("--seed", type=count, default=0, help="of evolve (default: 0)")
@@ -85,19 +85,19 @@ def main():
     if args.method == "evolve":
         widths = nas.evolve(rise, widths, model.config, args.of, args.tries, np.random.default_rng(args.seed))
 
-    J_zeros, J_means = (mean_loss(narrow(model, keep(widths), s), x, args.amp) for s in (None, statistics))
+    J_zeros, J_folded = (mean_loss(narrow(model, keep(widths), s), x, args.amp) for s in (None, statistics))
     sparsity = nas.sparsity(model.config, widths)
     plan = {"format": "lic plan", "baseline": meta["fingerprint"], "method": args.method,
             "importance": args.importance, "target": args.target, "of": args.of, "alpha": alpha, "ratio": ratio,
             "lambdas": model.lambdas, "widths": widths,
             "keep": {group: indices.tolist() for group, indices in keep(widths).items()},
             "sparsity": sparsity, "sensitivity": table,
-            "J": J.tolist(), "J_zeros": J_zeros.tolist(), "J_means": J_means.tolist()}  # fmt: skip
+            "J": J.tolist(), "J_zeros": J_zeros.tolist(), "J_folded": J_folded.tolist()}  # fmt: skip
     write_bytes(args.out, json.dumps(plan, indent=1).encode())
 
     print("kept:", "  ".join(f"{g} {w}/{model.config['widths'][g]}" for g, w in widths.items()))
     print(f"removed: {sparsity['params']:.1%} of the parameters, {sparsity['macs']:.1%} of the multiply-accumulates")
-    for what, losses in {"dense": J, "cut, means folded": J_means, "cut, means dropped": J_zeros}.items():
+    for what, losses in {"dense": J, "cut and folded": J_folded, "cut, not folded": J_zeros}.items():
         print(f"J a level, {what:20}", *(f"{v:.4f}" for v in losses))
     print(f"wrote {args.out} after {time.monotonic() - start:.0f} s")
 

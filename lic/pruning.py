@@ -15,6 +15,7 @@ from lic.gdn import PEDESTAL
 from lic.models import Codec
 from lic.training import mean_loss, rate_distortion
 
+RIDGE = 1e-4  # of the mean variance, added to each in a regression: it keeps the weights small
 GROUPS = {
     # group    made by       normalised by  used by
     "g_a.1": ("g_a.conv1", "g_a.gdn1", ["g_a.conv2"]),
@@ -64,11 +65,12 @@ def cuts(model, group, keep):
         yield "log_inverse_gain", 1, keep
 
 
+@torch.no_grad()
 def narrow(model, keep, statistics=None):
     """A new Codec that has only the channels keep = {group: rising indices}; absent groups stay whole.
 
-    statistics, from `observe`: what the removed channels added on average moves into biases and GDN's beta;
-    without it they count as zeros from now on.
+    statistics, from `observe`: the channels that stay take over what they can predict of the removed ones;
+    without it the removed ones count as zeros from now on.
     """
     state = model.state_dict()
     if statistics:
@@ -84,29 +86,53 @@ def narrow(model, keep, statistics=None):
 
 
 def fold(model, state, group, keep, statistics):
-    """Replace the channels of `group` that are not in `keep` by their means, in state.
+    """Replace the channels of `group` that are not in `keep` by their best linear prediction from those, in state.
 
-    A removed channel k gave bias_i + W[i, k] mean_k to each reader, summed over the taps (a quarter of them for a
-    transposed convolution with stride 2: that is how many meet an output pixel on average), and
-    beta_i + gamma[i, k] E[x_k^2] to the GDN of its group.
+    With x_gone ~ B x_keep + c, which has the least squared error over all positions, each reader's
+    W x = W_keep x_keep + W_gone x_gone becomes (W_keep + W_gone B) x_keep + W_gone c: other weights and
+    another bias, the same layer. (Of a transposed convolution with stride 2 a quarter of the taps meet an output pixel,
+    on average.) Likewise the GDN of the group with x^2 in the place of x, where B must not be negative. He, Zhang, Sun, "Channel
+    pruning for accelerating very deep neural networks", arXiv:1707.06168, reconstruct the reader's output by least squares;
+    here its input is, which needs no more than one covariance a layer.
     """
-    gone = torch.ones(model.config["widths"][group], dtype=torch.bool)
-    gone[keep] = False
+    stays = torch.zeros(model.config["widths"][group], dtype=torch.bool)
+    stays[keep] = True
+    gone = (~stays).nonzero()[:, 0]
     _, normalised_by, used_by = GROUPS[group]
     for layer in used_by:
-        transposed = isinstance(model.get_submodule(layer), nn.ConvTranspose2d)
-        taps = state[f"{layer}.weight"].sum((2, 3))  # (out, in), or (in, out)
-        taps = taps.T / 4 if transposed else taps
-        state[f"{layer}.bias"] = state[f"{layer}.bias"] + taps[:, gone] @ statistics.mean[layer][gone].to(taps)
-    if group in statistics.energy:
+        B, c = (t.to(state[f"{layer}.bias"]) for t in _predict(statistics.moments[layer], keep, gone))
+        reader = model.get_submodule(layer)
+        weight = state[f"{layer}.weight"].transpose(0, channel_axes(reader)[0]).clone()  # (out, in, k, k)
+        met = 0.25 if isinstance(reader, nn.ConvTranspose2d) else 1
+        state[f"{layer}.bias"] = state[f"{layer}.bias"] + met * weight[:, gone].sum((2, 3)) @ c
+        weight[:, keep] += torch.einsum("ogij,gk->okij", weight[:, gone], B)
+        state[f"{layer}.weight"] = weight.transpose(0, channel_axes(reader)[0])
+    if group in statistics.energies:
+        energy, energies = statistics.energies[group]
+        B, _ = _predict((energy, energies), keep, gone)
+        B = B.clamp(min=0)
+        B = B / (B @ energy[keep] / energy[gone].clamp(min=1e-12)).clamp(min=1)[:, None]  # no more than there was
+        c = energy[gone] - B @ energy[keep]
         beta, gamma = model.get_submodule(normalised_by).coefficients()
-        state[f"{normalised_by}.beta"] = torch.sqrt(beta + gamma[:, gone] @ statistics.energy[group][gone].to(gamma) + PEDESTAL)
+        B, c = B.to(gamma), c.clamp(min=0).to(gamma)
+        state[f"{normalised_by}.beta"] = torch.sqrt(beta + gamma[:, gone] @ c + PEDESTAL)
+        gamma[:, keep] += gamma[:, gone] @ B
+        state[f"{normalised_by}.gamma"] = torch.sqrt(gamma + PEDESTAL)
+
+
+def _predict(moments, keep, gone):
+    """B (gone, keep) and c (gone,) of x_gone ~ B x_keep + c; moments: (mean (C,), mean of x x^T (C, C))."""
+    mean, products = moments
+    covariance = products - mean[:, None] * mean
+    known = covariance[keep][:, keep]
+    known = known + (RIDGE * known.diagonal().mean() + 1e-12) * torch.eye(len(keep), dtype=known.dtype)
+    B = torch.linalg.solve(known, covariance[keep][:, gone]).T
+    return B, mean[gone] - B @ mean[keep]
 
 
 class Statistics(NamedTuple):  # in float64
-    variance: dict  # of what a group hands to its first reader, after GDN, leaky ReLU or rounding: {group: (width,)}
-    mean: dict  # of the input of each layer that reads or normalises a group: {layer: (in,)}
-    energy: dict  # mean square of what enters a group's GDN: {group: (width,)}
+    moments: dict  # of the input of each layer that reads a group: {layer: (mean (in,), mean of x x^T (in, in))}
+    energies: dict  # of the squares of what enters a group's GDN: {group: (mean (C,), mean of x^2 (x^2)^T (C, C))}
 
 
 @torch.no_grad()
@@ -124,20 +150,45 @@ def watch(model, x, layers, summary):
 
 
 def observe(model, x):
-    """Statistics over the images x (B, 3, H, W) and the levels; sums in float64, or a nearly constant channel's
-    variance would be noise."""
+    """Statistics over the images x (B, 3, H, W) and the levels; sums in float64, or what a nearly constant channel
+    varies by would be noise."""
 
-    def sums(v):  # (C,) of v and of v^2, and how many positions they are over
-        return torch.stack([v.double().sum((0, 2, 3)), v.double().square().sum((0, 2, 3))]), v[:, 0].numel()
+    def sums(v):
+        v = v.double().permute(1, 0, 2, 3).flatten(1)  # (C, positions)
+        return v.shape[1], v.sum(1), v @ v.T
 
+    def moments(parts):
+        count, total, products = (sum(column) for column in zip(*parts))
+        return total / count, products / count
+
+    readers = [layer for _, _, used_by in GROUPS.values() for layer in used_by]
     gdns = {group: gdn for group, (_, gdn, _) in GROUPS.items() if gdn and "gdn" in gdn}
-    readers = {group: used_by for group, (_, _, used_by) in GROUPS.items()}
-    mean, square = {}, {}
-    for layer, parts in watch(model, x, [*gdns.values(), *sum(readers.values(), [])], sums).items():
-        mean[layer], square[layer] = sum(part for part, _ in parts) / sum(count for _, count in parts)
-    variance = {group: square[used_by[0]] - mean[used_by[0]] ** 2 for group, used_by in readers.items()}
-    energy = {group: square[gdn] for group, gdn in gdns.items()}
-    return Statistics(variance, mean, energy)
+    inputs = watch(model, x, readers, sums)
+    squares = watch(model, x, gdns.values(), lambda v: sums(v.square()))
+    return Statistics({layer: moments(inputs[layer]) for layer in readers}, {g: moments(squares[gdn]) for g, gdn in gdns.items()})
+
+
+def residual(model, statistics):
+    """Backward elimination: the rank in which the channels of a group can go, {group: (width,)}.
+
+    In each round the channel goes whose best prediction from those that are left costs its first reader least:
+    |W_c|^2 / P_cc, where P is the inverse covariance of what is left and 1 / P_cc the variance that the others cannot predict.
+    The "optimal brain surgeon" of a linear layer (Hassibi and Stork, NIPS 1992), a channel at a time.
+    """
+    ranks = {}
+    for group, (_, _, used_by) in GROUPS.items():
+        reader, (mean, products) = model.get_submodule(used_by[0]), statistics.moments[used_by[0]]
+        covariance = products - mean[:, None] * mean
+        ridge = 1e-6 * covariance.diagonal().mean() + 1e-12
+        P = torch.linalg.inv(covariance + ridge * torch.eye(len(mean), dtype=mean.dtype))
+        strength = reader.weight.detach().double().square().transpose(0, channel_axes(reader)[1]).sum((1, 2, 3))
+        ranks[group], left = torch.zeros(len(mean)), torch.ones(len(mean), dtype=torch.bool)
+        for rank in range(len(mean)):
+            c = torch.where(left, strength / P.diagonal(), torch.inf).argmin()
+            ranks[group][c], left[c] = rank, False
+            P = P - P[:, c, None] * P[c] / P[c, c]  # the inverse covariance without c; its row and column become 0
+            P[c, c] = 1
+    return ranks
 
 
 def taylor(model, x):
@@ -167,17 +218,22 @@ def taylor(model, x):
     return scores
 
 
-def importance(model, x, statistics, measure="variance"):
-    """How much a channel matters, {group: (width,)}, by one of three measures over the images x (B, 3, H, W):
+def importance(model, x, statistics, measure="residual"):
+    """How much a channel matters, {group: (width,)}, by one of four measures over the images x (B, 3, H, W):
 
+    residual  its rank in a backward elimination, see `residual`: what the other channels cannot replace goes last
     variance  of what it hands to the layer that reads it, from `statistics`: a channel that hardly varies says little
               (Polyak and Wolf, "Channel-level acceleration of deep face representations", IEEE Access 2015)
     taylor    first-order change of J when it goes, see `taylor`
     l1        L1 norm of the weights that make it (Li et al., "Pruning filters for efficient ConvNets",
               arXiv:1608.08710); blind to what GDN does after
     """
+    if measure == "residual":
+        return residual(model, statistics)
     if measure == "variance":
-        return statistics.variance
+        readers = {group: used_by[0] for group, (_, _, used_by) in GROUPS.items()}
+        moments = {group: statistics.moments[layer] for group, layer in readers.items()}
+        return {group: products.diagonal() - mean**2 for group, (mean, products) in moments.items()}
     if measure == "taylor":
         return taylor(model, x)
     return {group: rows(model.get_submodule(made_by)).abs().sum(1) for group, (made_by, _, _) in GROUPS.items()}

@@ -5,7 +5,7 @@ import pytest
 import torch
 from helpers import WIDTHS, lively_codec, photo_like
 
-from lic import nas
+from lic import nas, pruning
 from lic.entropy import LOG_SCALE_MIN
 from lic.metrics import kmac_per_pixel, layers, parameters
 from lic.models import Codec, preset_config
@@ -65,7 +65,7 @@ def test_every_tensor_is_in_the_group_table():
         assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
 
 
-@pytest.mark.parametrize("measure", ["variance", "taylor", "l1"])
+@pytest.mark.parametrize("measure", ["residual", "variance", "taylor", "l1"])
 def test_importance_finds_dead_channels(measure):
     model = lively_codec()
     with torch.no_grad():
@@ -74,7 +74,7 @@ def test_importance_finds_dead_channels(measure):
     scores = importance(model, photo_like(), observe(model, photo_like()), measure)
     for group in GROUPS:
         assert scores[group].shape == (WIDTHS[group],)
-        assert (scores[group][[2, 5]] == 0).all() and scores[group].median() > 1e-4 * scores[group].max(), group
+        assert scores[group][[2, 5]].max() <= (measure == "residual") and scores[group].median() > 1e-4 * scores[group].max(), group
     assert most_important(torch.tensor([3.0, 0.0, 5.0, 4.0]), 2).tolist() == [2, 3]
 
 
@@ -95,26 +95,33 @@ def test_taylor_predicts_the_rise_of_J_for_a_small_change():
     assert change != 0 and score**0.5 == pytest.approx(abs(change), rel=0.1)
 
 
+def moments(v):
+    """Mean and mean of x x^T over the positions of v (B, C, H, W), as pruning.Statistics has them."""
+    v = v.double().permute(1, 0, 2, 3).flatten(1)
+    return v.mean(1), v @ v.T / v.shape[1]
+
+
 @pytest.mark.parametrize("group", list(GROUPS))
-def test_folding_a_channel_that_is_constant_changes_nothing(group):
+def test_folding_a_channel_that_the_others_determine_changes_nothing(group, monkeypatch):
     """In each reader, away from the border (for a transposed one on the mean of 2x2 outputs), and in the group's GDN."""
+    monkeypatch.setattr(pruning, "RIDGE", 0.0)
     torch.manual_seed(0)
     model, rest = lively_codec(), torch.tensor([c for c in range(WIDTHS[group]) if c != 3])
     _, normalised_by, used_by = GROUPS[group]
-    v = torch.randn(1, WIDTHS[group], 12, 12)
-    v[:, 3] = 1.7
-    constant = torch.zeros(WIDTHS[group]).index_fill(0, torch.tensor(3), 1.7)
-    statistics = Statistics(None, dict.fromkeys(used_by, constant), {group: constant**2} if normalised_by and group != "z" else {})
+    v, u = torch.randn(2, 1, WIDTHS[group], 20, 20)
+    v[:, 3] = 0.5 * v[:, 0] - 0.3 * v[:, 5] + 1.7
+    u[:, 3] = torch.sqrt(0.4 * u[:, 1] ** 2 + 0.9)
+    gdn = model.get_submodule(normalised_by) if normalised_by and group != "z" else None
+    statistics = Statistics(dict.fromkeys(used_by, moments(v)), {group: moments(u.square())} if gdn else {})
     with torch.no_grad():
         cut = narrow(model, {group: rest}, statistics)
         for layer in used_by:
             expected, output = model.get_submodule(layer)(v), cut.get_submodule(layer)(v[:, rest])
             if isinstance(model.get_submodule(layer), torch.nn.ConvTranspose2d):
                 expected, output = (torch.nn.functional.avg_pool2d(o, 2) for o in (expected, output))
-            torch.testing.assert_close(output[:, :, 2:-2, 2:-2], expected[:, :, 2:-2, 2:-2], rtol=1e-4, atol=1e-3)
-        if statistics.energy:
-            gdn, cut_gdn = model.get_submodule(normalised_by), cut.get_submodule(normalised_by)
-            torch.testing.assert_close(cut_gdn(v[:, rest]), gdn(v)[:, rest])
+            torch.testing.assert_close(output[:, :, 2:-2, 2:-2], expected[:, :, 2:-2, 2:-2], rtol=1e-4, atol=2e-3)
+        if gdn:
+            torch.testing.assert_close(cut.get_submodule(normalised_by)(u[:, rest]), gdn(u)[:, rest], rtol=1e-3, atol=1e-3)
 
 
 def test_statistics_are_those_of_what_the_layers_receive():
@@ -125,10 +132,26 @@ def test_statistics_are_those_of_what_the_layers_receive():
     statistics = observe(model, x)
     for hook in hooks:
         hook.remove()
-    v, u = (torch.cat(seen[name]) for name in seen)
-    torch.testing.assert_close(statistics.mean["g_s.conv2"].float(), v.mean((0, 2, 3)))
-    torch.testing.assert_close(statistics.variance["g_s.1"].float(), v.var((0, 2, 3), correction=0), rtol=1e-4, atol=1e-7)
-    torch.testing.assert_close(statistics.energy["g_s.1"].float(), u.square().mean((0, 2, 3)))
+    half = {name: inputs[: len(inputs) // 2] for name, inputs in seen.items()}  # two passes: inputs, then squares
+    for expected, found in ((moments(torch.cat(half["g_s.conv2"])), statistics.moments["g_s.conv2"]),
+                            (moments(torch.cat(half["g_s.gdn1"]).square()), statistics.energies["g_s.1"])):  # fmt: skip
+        for a, b in zip(expected, found):
+            torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-8)
+
+
+def test_what_the_others_can_replace_goes_first():
+    """A copy of another channel goes before one that is alone, though it varies more; dead channels go first of all."""
+    model, x = lively_codec(), photo_like()
+    with torch.no_grad():
+        silenced(model, "g_s.1", torch.tensor([6]))
+        layer, gdn = model.g_s.conv1, model.g_s.gdn1
+        layer.weight[:, 2], layer.bias[2] = 3 * layer.weight[:, 1], 3 * layer.bias[1]
+        gdn.gamma[:, 2] = gdn.gamma[2] = 0
+        gdn.gamma[1], gdn.gamma[:, 1] = 0, 0
+        gdn.beta[1] = gdn.beta[2] = 1
+    ranks = pruning.residual(model, observe(model, x))["g_s.1"]
+    assert ranks.sort().values.tolist() == list(range(WIDTHS["g_s.1"]))
+    assert ranks[6] == 0 and ranks[[1, 2]].min() == 1
 
 
 def test_folding_all_groups_at_once_brings_J_back():
@@ -227,7 +250,7 @@ def test_sensitivity_is_zero_where_nothing_reads_a_group_and_only_there():
     with torch.no_grad():
         model.h_s.conv3.weight.zero_()  # nothing of h_s.2 is read
     x = photo_like()
-    scores, J = observe(model, x).variance, mean_loss(model, x)
+    scores, J = importance(model, x, observe(model, x)), mean_loss(model, x)
 
     def rise(widths):
         keep = {group: most_important(scores[group], width) for group, width in widths.items()}
