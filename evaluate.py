@@ -39,7 +39,7 @@ def parse_args():
     parser.add_argument("checkpoints", nargs="*", default=["runs/base.pt", "runs/pruned.pt", "runs/quantized.pt"],
                         help="the first is the BD-rate anchor (default: runs/base.pt runs/pruned.pt runs/quantized.pt)")  # fmt: skip
     parser.add_argument("--data", help="folder of images, searched recursively (default: 4 synthetic images)")
-    parser.add_argument("--held-out", action="store_true", help="of --data only the images that training with it holds out")
+    parser.add_argument("--held-out", action="store_true", help="only the images that training with this folder holds out")
     parser.add_argument("--published", help="JSON of published curves to compare with, as docs/kodak_published.json")
     parser.add_argument("--json", help="write all figures to this file")
     parser.add_argument("--plot", help="write the rate-distortion plot to this PNG (needs matplotlib)")
