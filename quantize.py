@@ -3,7 +3,8 @@
     python quantize.py                                      after python prune.py
     python quantize.py --checkpoint runs/pruned.pt --data photos/ --steps 2000 --amp
 
-Weights: int8, one scale an output channel. Activations: 8 bits, calibrated on training crops.
+The channels' ranges are balanced first (quantization.equalize). Weights: int8, one scale an output channel.
+Activations: 8 bits, calibrated on training crops.
 --steps of training with simulated quantization then adapt the weights; 0 skips them.
 """
 

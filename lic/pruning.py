@@ -39,7 +39,7 @@ def channel_axes(layer):
 
 
 def rows(layer):
-    """The weight as (out, in * k * k)."""
+    """The weight of a convolution, detached, as (out, in * k * k)."""
     return layer.weight.detach().transpose(0, channel_axes(layer)[0]).flatten(1)
 
 
