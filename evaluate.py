@@ -40,6 +40,7 @@ def parse_args():
                         help="the first is the BD-rate anchor (default: runs/base.pt runs/pruned.pt runs/quantized.pt)")  # fmt: skip
     parser.add_argument("--data", help="folder of images, searched recursively (default: 4 synthetic images)")
     parser.add_argument("--held-out", action="store_true", help="only the images that training with this folder holds out")
+    parser.add_argument("--amp", action="store_true", help="code in bf16: faster on a CPU with AVX-512 bf16")
     parser.add_argument("--published", help="JSON of published curves to compare with, as docs/kodak_published.json")
     parser.add_argument("--json", help="write all figures to this file")
     parser.add_argument("--plot", help="write the rate-distortion plot to this PNG (needs matplotlib)")
@@ -77,9 +78,9 @@ def measure_level(model, coder, images, level, folder):
     return {"lmbda": model.lambdas[level], **dict(zip(names, np.mean(rows, axis=0).tolist())), **alive}
 
 
-def measure_checkpoint(path, images):
+def measure_checkpoint(path, images, amp):
     model, meta = load(path)
-    coder = ImageCoder(model, meta["tables"], meta["fingerprint"])
+    coder = ImageCoder(model, meta["tables"], meta["fingerprint"], amp)
     coder.decompress(coder.compress(images[0], 0))  # warm-up
     macs = kmac_per_pixel(model.config)
     with tempfile.TemporaryDirectory() as folder:
@@ -182,11 +183,11 @@ def main():
     paths = find_images(args.data)[:: HELD_OUT if args.held_out else 1] if args.data else []
     images = [read_image(path) for path in paths] or [dead_leaves(seed) for seed in range(1000, 1004)]
     pixels = sum(image.shape[0] * image.shape[1] for image in images)
-    print(f"images: {len(images)}, {pixels} pixels, {torch.get_num_threads()} threads")
+    print(f"images: {len(images)}, {pixels} pixels, {torch.get_num_threads()} threads" + ", bf16" * args.amp)
 
     checkpoints = []
     for path in args.checkpoints:
-        result = measure_checkpoint(path, images)
+        result = measure_checkpoint(path, images, args.amp)
         checkpoints.append(result)
         print(f"\n{path} ({result['stage']}): {result['parameters']:,} parameters, kMAC/pixel "
               f"{result['kmac_per_pixel']['encoder']:.2f} to encode, {result['kmac_per_pixel']['decoder']:.2f} to decode, "

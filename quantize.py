@@ -5,7 +5,7 @@
 
 The channels' ranges are balanced first (quantization.equalize). Weights: int8, one scale an output channel.
 Activations: 8 bits, calibrated on training crops.
---steps of training with simulated quantization then adapt the weights; 0 skips them.
+--steps of training with simulated quantization then adapt the weights and the activations' scales; 0 skips them.
 """
 
 import argparse
@@ -21,6 +21,8 @@ from lic.integer import freeze_h_s
 from lic.pruning import rows
 from lic.quantization import INPUTS, WEIGHT, equalize, fake_quantize, input_scales, least_error_scale, quantize_layers
 from lic.training import add_training_arguments, fit, mean_loss
+
+CALIBRATION = 512  # crops of at most 128x128, each of another photograph; with 16, what is rare is clipped (docs/quantization.md)
 
 
 def parse_args():
@@ -67,12 +69,12 @@ def main():
     check_writable(args.out)
     model, meta = load(args.checkpoint, stages=("train", "control", "prune"))
     train, validation = load_images(args.data, args.crop)
+    calibration = fixed_crops(train, CALIBRATION, min(128, args.crop))
+    if args.report:
+        return report(model, calibration, fixed_crops(validation, 64, args.crop))
+
     held_out = fixed_crops(validation, 16, args.crop)
     metrics = {"held_out_J_float": mean_loss(model, held_out).tolist()}
-
-    calibration = fixed_crops(train, 16, args.crop)
-    if args.report:
-        return report(model, calibration, held_out)
     equalize(model, calibration)
     quantize_layers(model, input_scales(model, calibration))
     metrics["held_out_J_calibrated"] = mean_loss(model, held_out).tolist()

@@ -67,14 +67,22 @@ def _integers(tensor, what):
 
 
 class ImageCoder:
-    """Compresses and decompresses with one model. checkpoint.load gives model, tables and fingerprint."""
+    """Compresses and decompresses with one model. checkpoint.load gives model, tables and fingerprint.
 
-    def __init__(self, model, tables, fingerprint):
+    amp: g_a, h_a and g_s in bf16 autocast. A file made so is as valid and is read by any decoder.
+    """
+
+    def __init__(self, model, tables, fingerprint, amp=False):
         self.model = model.eval()
+        self.amp = amp
         h_s = IntegerHyperSynthesis(model.h_s) if model.quantization else copy.deepcopy(model.h_s).double()
         self.h_s = h_s.cpu()
         self.tables = tables
         self.fingerprint = bytes.fromhex(fingerprint)[:8]
+
+    def _network(self, network, x):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
+            return network(x).float()
 
     def _entropy_parameters(self, z_hat):
         """z_hat (Z, h, w) int32 -> mean (1, M, 4h, 4w) float64, table index (M * 4h * 4w,) uint8."""
@@ -103,8 +111,8 @@ class ImageCoder:
         device = self.model.log_gain.device
         x = padded(image).to(device)
         gain, _ = self.model.gains(torch.tensor([quality / 256], device=device))
-        y = self.model.g_a(x - 0.5) * gain  # (1, M, H/16, W/16)
-        z = self.model.h_a(y).cpu()  # (1, Z, H/64, W/64)
+        y = self._network(self.model.g_a, x - 0.5) * gain  # (1, M, H/16, W/16)
+        z = self._network(self.model.h_a, y).cpu()  # (1, Z, H/64, W/64)
 
         z_symbols = _integers(z, "z")
         mean, y_index = self._entropy_parameters(z_symbols.reshape(z.shape[1:]))
@@ -151,7 +159,7 @@ class ImageCoder:
         device = self.model.log_gain.device
         _, inverse_gain = self.model.gains(torch.tensor([level], device=device))
         y_hat = (torch.from_numpy(y_symbols).reshape(mean.shape) + mean).float().to(device)
-        x_hat = self.model.g_s(y_hat.contiguous(memory_format=torch.channels_last) * inverse_gain) + 0.5
+        x_hat = self._network(self.model.g_s, y_hat.contiguous(memory_format=torch.channels_last) * inverse_gain) + 0.5
         x_hat = (x_hat[0, :, :height, :width].clamp(0, 1) * 255).round().to(torch.uint8)
         return x_hat.permute(1, 2, 0).contiguous().cpu().numpy()
 

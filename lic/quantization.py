@@ -5,7 +5,9 @@
 Weights: int8 in [-127, 127], one scale an output channel (axis 0 of Conv2d, 1 of
 ConvTranspose2d). Activations: one scale a tensor, [-128, 127], or [-32, 223] after a leaky
 ReLU, whose negative side is an eighth of the other.
-Scales are chosen for the least squared error over a grid of clipping points. Round half to even.
+Scales are chosen for the least squared error over a grid of clipping points; in g_a nothing is clipped, since a clipped
+activation there can spoil a whole picture and y is rounded anyway. Those of activations are trained with the weights
+(Esser et al., "Learned step size quantization", arXiv:1902.08153), those of weights stay. Round half to even.
 On disk the weights are int8 tensors; in memory they are floats on the int8 grid, so that training
 with straight-through gradients and inference are the same code. Only h_s, which decides how a file is
 read, is also computed in integers: integer.py.
@@ -44,9 +46,14 @@ def fake_quantize(v, scale, low, high):
     return round_ste(v / scale).clamp(low, high) * scale
 
 
+def largest_scale(v, low, high):
+    """Scale of each row at which nothing is clipped: v (R, N) -> (R,)."""
+    return torch.where(v > 0, v / high, v / low).amax(1).clamp(min=1e-8)
+
+
 def least_error_scale(v, low, high):
     """Scale of each row with the least squared error over 40 clipping points: v (R, N) -> (R,)."""
-    largest = torch.where(v > 0, v / high, v / low).amax(1).clamp(min=1e-8)  # nothing is clipped
+    largest = largest_scale(v, low, high)
     best, least = largest, torch.full_like(largest, torch.inf)
     for fraction in torch.linspace(0.22, 1, 40):
         scale = fraction * largest
@@ -54,6 +61,19 @@ def least_error_scale(v, low, high):
         best = torch.where(error < least, scale, best)
         least = torch.minimum(error, least)
     return best
+
+
+class ScaleGradient(torch.autograd.Function):
+    """v unchanged; its gradient times `factor`."""
+
+    @staticmethod
+    def forward(ctx, v, factor):
+        ctx.factor = factor
+        return v.view_as(v)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.factor, None
 
 
 class _Quantized:
@@ -64,7 +84,10 @@ class _Quantized:
         channels = layer.weight.shape[self.out_axis]
         shape = [channels if axis == self.out_axis else 1 for axis in range(4)]
         self.register_buffer("weight_scale", torch.ones(shape))
-        self.register_buffer("input_scale", torch.ones(()))
+        if input_range:
+            self.input_scale = nn.Parameter(torch.ones(()))
+        else:
+            self.register_buffer("input_scale", torch.ones(()))
         return self
 
     def attach_integers(self):
@@ -78,7 +101,9 @@ class _Quantized:
 
     def operands(self, x):
         if self.input_range:
-            x = fake_quantize(x, self.input_scale, *self.input_range)
+            # its gradient sums over x; without this factor, LSQ's, it would drown the others when their norm is clipped
+            scale = ScaleGradient.apply(self.input_scale, (x.numel() * self.input_range[1]) ** -0.5)
+            x = fake_quantize(x, scale, *self.input_range)
         return x, fake_quantize(self.weight, self.weight_scale, *WEIGHT)
 
 
@@ -142,15 +167,25 @@ def along(axis, v):
     return v.view([-1 if k == axis else 1 for k in range(4)])
 
 
+@torch.no_grad()
 def input_scales(model, x):
-    """Least-error scales of the inputs of a float model's layers: {layer: ()} over the images x (B, 3, H, W)
-    at every level."""
+    """Scales of the inputs of a float model's layers over the images x (B, 3, H, W) at every level: {layer: ()}.
 
-    def sample(v):
-        return v.flatten()[:: v.numel() // 20_000 | 1]  # an odd stride, or it would see only even columns
+    The largest values decide, and they come from few images: x should hold some hundred.
+    """
 
-    seen = watch(model, x, [name for name, input_range in INPUTS.items() if input_range], sample)
-    return {name: least_error_scale(torch.cat(values)[None], *INPUTS[name])[0] for name, values in seen.items()}
+    def summary(v):
+        sample = v.flatten()[:: v.numel() // 5_000 | 1]  # an odd stride, or it would see only even columns
+        return sample, torch.stack(v.aminmax())
+
+    scales = {}
+    for name, parts in watch(model, x, [name for name, input_range in INPUTS.items() if input_range], summary).items():
+        samples, extremes = (torch.cat(column)[None] for column in zip(*parts))  # (1, values)
+        if name.startswith("g_a"):
+            scales[name] = largest_scale(extremes, *INPUTS[name])[0]
+        else:
+            scales[name] = least_error_scale(samples, *INPUTS[name])[0]
+    return scales
 
 
 @torch.no_grad()

@@ -137,6 +137,16 @@ def test_escapes_survive_the_file():
     assert np.abs(image_coder.decompress(data) - expected).mean() < 2  # photo() is photo_like() in 8 bits
 
 
+def test_bf16_changes_neither_how_a_file_is_read_nor_the_picture_much(model, image_coder):
+    """Both decoders read both encoders' files."""
+    bf16 = ImageCoder(model, image_coder.tables, "00112233445566778899", amp=True)
+    plain, other = image_coder.compress(photo(), 2), bf16.compress(photo(), 2)
+    assert plain != other and abs(len(plain) - len(other)) < 0.02 * len(plain)
+    for data in (plain, other):
+        pictures = [coder.decompress(data).astype(float) for coder in (image_coder, bf16)]
+        assert 0 < np.abs(pictures[0] - pictures[1]).mean() < 2
+
+
 def test_every_flipped_byte_and_every_cut_is_refused(image_coder):
     data = image_coder.compress(some_image(40, 40), 0)
     for position in range(len(data)):

@@ -51,6 +51,26 @@ def test_gradient_passes_inside_the_range_only():
     torch.testing.assert_close(v.grad, torch.tensor([0.0, 1.0, 0.0]))
 
 
+def test_gradient_of_a_scale_is_lsqs(quantized):
+    """Esser et al., arXiv:1902.08153, eq. 3: q - v/s inside the range, the border outside; times 1 / sqrt(N high)."""
+    layer = copy.deepcopy(quantized.g_s.conv2)
+    s = layer.input_scale.item()
+    layer.operands(torch.tensor([-1000.0, 0.3, 1.4, 2000.0]) * s)[0].sum().backward()
+    expected = (-128 + (0 - 0.3) + (1 - 1.4) + 127) / (4 * 127) ** 0.5
+    assert layer.input_scale.grad.item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_nothing_is_clipped_in_the_encoder_and_rare_values_are_elsewhere():
+    model, x = lively_codec(), photo_like()
+    scales = input_scales(model, x)
+    for name, inputs in watch(model, x, scales, lambda v: v).items():
+        v = torch.cat([part.flatten() for part in inputs])
+        low, high = INPUTS[name]
+        outside = (v > (high + 1e-3) * scales[name]) | (v < (low - 1e-3) * scales[name])
+        assert outside.double().mean() < 0.01
+        assert not (name.startswith("g_a") and outside.any()), name
+
+
 def test_least_error_scale_clips_an_outlier_that_the_largest_value_would_follow():
     torch.manual_seed(0)
     v = torch.randn(4, 200_000)
