@@ -24,7 +24,7 @@ def parse_args():
     parser.add_argument("--plan", default="runs/plan.json", help="from search.py (default: runs/plan.json)")
     parser.add_argument("--control", action="store_true",
                         help="no plan, no cut: only the extra steps, to compare fairly; choose another output")  # fmt: skip
-    add_training_arguments(parser, steps=500, lr=5e-4, out="runs/pruned.pt")
+    add_training_arguments(parser, steps=500, lr=1e-3, out="runs/pruned.pt")
     return parser.parse_args()
 
 

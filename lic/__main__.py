@@ -22,7 +22,7 @@ from lic.images import read_image
 from lic.metrics import psnr
 from lic.quantization import pack
 
-SHIPPED = Path(__file__).parent.parent / "checkpoints" / "small.pt"
+SHIPPED = Path(__file__).parent.parent / "checkpoints" / "quantized.pt"
 
 
 def parse_args():
@@ -49,15 +49,15 @@ def parse_args():
     return parser.parse_args()
 
 
-def image_coder(args):
-    model, meta = load(args.checkpoint)
-    return ImageCoder(model, meta["tables"], meta["fingerprint"], args.amp)
+def image_coder(path, amp=False):
+    model, meta = load(path)
+    return ImageCoder(model, meta["tables"], meta["fingerprint"], amp)
 
 
 def compress(args):
     check_writable(args.output)
     image = read_image(args.input)
-    data = image_coder(args).compress(image, args.quality, args.max_pixels)
+    data = image_coder(args.checkpoint, args.amp).compress(image, args.quality, args.max_pixels)
     write_bytes(args.output, data)
     height, width = image.shape[:2]
     print(f"{args.output}: {len(data)} bytes, {8 * len(data) / (height * width):.4f} bpp, {width}x{height}")
@@ -67,7 +67,7 @@ def decompress(args):
     if Path(args.output).suffix.lower() != ".png":
         raise LicError(f"{args.output}: the decoder writes PNG; end the name in .png")
     check_writable(args.output)
-    image = image_coder(args).decompress(read_bytes(args.input), args.max_pixels)
+    image = image_coder(args.checkpoint, args.amp).decompress(read_bytes(args.input), args.max_pixels)
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="PNG")
     write_bytes(args.output, buffer.getvalue())
@@ -109,7 +109,7 @@ def compare(args):
     x, y = args.at or (max(0, (width - args.crop) // 2), max(0, (height - args.crop) // 2))
     if not (0 <= x < width and 0 <= y < height and args.crop > 0):
         raise LicError(f"--crop {args.crop} --at {x} {y} lies outside {args.input}, which is {width}x{height}")
-    coder = image_coder(args)
+    coder = image_coder(args.checkpoint, args.amp)
     data = coder.compress(image, args.quality, args.max_pixels)
     rows = [("lic", args.quality, len(data), coder.decompress(data, args.max_pixels))]
     rows += [(form, *classical(image, form, len(data))) for form in ("JPEG", "WEBP")]

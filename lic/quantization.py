@@ -6,7 +6,7 @@ Weights: int8 in [-127, 127], one scale an output channel (axis 0 of Conv2d, 1 o
 ConvTranspose2d). Activations: one scale a tensor, [-128, 127], or [-32, 223] after a leaky
 ReLU, whose negative side is an eighth of the other.
 Scales are chosen for the least squared error over a grid of clipping points; in g_a nothing is clipped, since a clipped
-activation there can spoil a whole picture and y is rounded anyway. Those of activations are trained with the weights
+activation there can spoil a picture and y is rounded anyway. Those of activations are trained with the weights
 (Esser et al., "Learned step size quantization", arXiv:1902.08153), those of weights stay. Round half to even.
 On disk the weights are int8 tensors; in memory they are floats on the int8 grid, so that training
 with straight-through gradients and inference are the same code. Only h_s, which decides how a file is
@@ -39,6 +39,8 @@ INPUTS = {  # layer: integer range of its input; None where no quantizer is need
     "g_s.conv1": None,  # y_hat, see above
     "g_s.conv2": SIGNED, "g_s.conv3": SIGNED, "g_s.conv4": SIGNED,
 }  # fmt: skip
+
+CLIPPED = [name for name, input_range in INPUTS.items() if input_range and not name.startswith("g_a")]  # rare values may be
 
 
 def fake_quantize(v, scale, low, high):
@@ -168,10 +170,11 @@ def along(axis, v):
 
 
 @torch.no_grad()
-def input_scales(model, x):
+def input_scales(model, x, clipped=CLIPPED):
     """Scales of the inputs of a float model's layers over the images x (B, 3, H, W) at every level: {layer: ()}.
 
-    The largest values decide, and they come from few images: x should hold some hundred.
+    clipped: the layers whose scale has the least squared error; the others' holds the largest value. That value
+    comes from a few images: x should be some hundred.
     """
 
     def summary(v):
@@ -181,10 +184,8 @@ def input_scales(model, x):
     scales = {}
     for name, parts in watch(model, x, [name for name, input_range in INPUTS.items() if input_range], summary).items():
         samples, extremes = (torch.cat(column)[None] for column in zip(*parts))  # (1, values)
-        if name.startswith("g_a"):
-            scales[name] = largest_scale(extremes, *INPUTS[name])[0]
-        else:
-            scales[name] = least_error_scale(samples, *INPUTS[name])[0]
+        rule, v = (least_error_scale, samples) if name in clipped else (largest_scale, extremes)
+        scales[name] = rule(v, *INPUTS[name])[0]
     return scales
 
 

@@ -81,8 +81,8 @@ def level_weights(lambdas):
 
 
 @torch.no_grad()
-def mean_loss(model, x, amp=False):
-    """J of every level with real rounding, averaged over the images x (B, 3, H, W): (levels,) float64."""
+def image_losses(model, x, amp=False):
+    """J of every level and image with real rounding; x (B, 3, H, W) -> (levels, B) float64."""
     model.eval()
     losses = []
     for level, lmbda in enumerate(model.lambdas):
@@ -91,8 +91,13 @@ def mean_loss(model, x, amp=False):
             with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
                 out = model(batch, torch.full((len(batch),), float(level), device=x.device))
             J.append(rate_distortion(out, batch, lmbda)[0])
-        losses.append(torch.cat(J).double().mean().cpu())
+        losses.append(torch.cat(J).double().cpu())
     return torch.stack(losses)
+
+
+def mean_loss(model, x, amp=False):
+    """The same, averaged over the images: (levels,)."""
+    return image_losses(model, x, amp).mean(1)
 
 
 def learning_rate(step, steps, peak):

@@ -1,6 +1,6 @@
 """Does a file decode to the same symbols however the decoder computes?
 
-    python tests/exactness.py --data kodak/ [--checkpoint checkpoints/small.pt]
+    python tests/exactness.py --data kodak/ [--checkpoint checkpoints/base.pt]
 
 Every image is compressed at every level in the plain setting (2 threads, channels_last, oneDNN on, one image
 at a time). Then the table indices, which alone decide the symbols, are computed in every other setting, and
