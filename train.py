@@ -2,6 +2,7 @@
 
     python train.py                                         synthetic images, about a minute
     python train.py --preset small --data photos/ --amp --steps 30000 --out runs/small.pt
+    python train.py --checkpoint runs/small.pt --lr 1e-3 --crop 256 --batch 2 ...       go on, with larger crops
 """
 
 import argparse
@@ -9,7 +10,7 @@ import argparse
 import torch
 
 from lic.bitstream import build_tables
-from lic.checkpoint import load_plan, save
+from lic.checkpoint import load, load_plan, save
 from lic.files import LicError, check_writable, run
 from lic.images import fixed_crops, load_images
 from lic.models import PRESETS, Codec, preset_config
@@ -18,16 +19,19 @@ from lic.training import add_training_arguments, fit, mean_loss, rate
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=PRESETS, default="tiny", help="widths and lambdas (default: tiny)")
     parser.add_argument("--lambdas", type=rate, nargs="+", help="one a rate level, rising (default: the preset's)")
-    parser.add_argument("--plan", help="take widths and lambdas from this plan of search.py: training from scratch, to compare "
-                        "with pruning (default: the preset's)")  # fmt: skip
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument("--preset", choices=PRESETS, default="tiny", help="widths and lambdas (default: tiny)")
+    start.add_argument("--plan", help="widths and lambdas of this plan of search.py: to train from scratch (default: none)")
+    start.add_argument("--checkpoint", help="go on from this dense codec: its widths, lambdas and weights (default: none)")
     add_training_arguments(parser, steps=1000, lr=2e-3, out="runs/base.pt")
     return parser.parse_args()
 
 
 def main():
     args = parse_args()
+    if args.lambdas and (args.plan or args.checkpoint):
+        raise LicError("--lambdas: a plan or a checkpoint brings its own")
     if args.lambdas and sorted(set(args.lambdas)) != args.lambdas:
         raise LicError(f"--lambdas {args.lambdas}: give them in rising order")
     check_writable(args.out)
@@ -35,16 +39,19 @@ def main():
     held_out = fixed_crops(validation, 16, args.crop)
 
     torch.manual_seed(args.seed)
-    config = preset_config(args.preset, args.lambdas)
-    if args.plan:
-        config = {key: load_plan(args.plan)[key] for key in ("widths", "lambdas")}
-    model = Codec(config)
-    print(f"{args.plan or args.preset}: {sum(p.numel() for p in model.parameters()):,} parameters, "
+    parent = None
+    if args.checkpoint:
+        model, parent = load(args.checkpoint, stages=("train", "control"))
+    elif args.plan:
+        model = Codec({key: load_plan(args.plan)[key] for key in ("widths", "lambdas")})
+    else:
+        model = Codec(preset_config(args.preset, args.lambdas))
+    print(f"{args.checkpoint or args.plan or args.preset}: {sum(p.numel() for p in model.parameters()):,} parameters, "
           f"{len(train)} training images, {args.steps} steps of {args.batch} crops of {args.crop}x{args.crop}")  # fmt: skip
-    fit(model, train, held_out, args)
+    fit(model, train, held_out, args, parent=parent and parent["fingerprint"])
 
     metrics = {"held_out_J": mean_loss(model, held_out).tolist()}
-    save(args.out, model, build_tables(model), "train", vars(args), args.steps, metrics=metrics)
+    save(args.out, model, build_tables(model), "train", vars(args), args.steps, parent=parent, metrics=metrics)
     print(f"wrote {args.out}")
 
 

@@ -133,11 +133,25 @@ def test_the_widths_of_a_plan_can_be_trained_from_scratch(pipeline, photos, monk
     assert load(pipeline / "scratch.pt")[0].config == load(pipeline / "pruned.pt")[0].config
 
 
+def test_training_goes_on_from_a_checkpoint(pipeline, photos, monkeypatch, capsys):
+    arguments = ["--checkpoint", pipeline / "base.pt", "--data", photos, *TRAIN, "--out", pipeline / "longer.pt"]
+    assert run_script(monkeypatch, "train.py", *arguments, "--steps", 0) == 0
+    base, longer = (load(pipeline / name)[1] for name in ("base.pt", "longer.pt"))
+    assert longer["fingerprint"] == base["fingerprint"]
+    assert [entry["parent"] for entry in longer["lineage"]] == [None, base["fingerprint"]]
+    assert run_script(monkeypatch, "train.py", *arguments, "--steps", 1) == 0
+    assert load(pipeline / "longer.pt")[1]["fingerprint"] != base["fingerprint"]
+    capsys.readouterr()
+    assert run_script(monkeypatch, "train.py", *arguments, "--lambdas", 0.1) == 2
+    assert "brings its own" in capsys.readouterr().err
+
+
 def test_the_report_of_quantization_writes_nothing(pipeline, photos, monkeypatch, capsys):
     arguments = ["--checkpoint", pipeline / "pruned.pt", "--data", photos, *TRAIN, "--report", "--out", pipeline / "no.pt"]
     assert run_script(monkeypatch, "quantize.py", *arguments) == 0
     text = capsys.readouterr().out
-    assert all(text.count(name) == 1 for name in INPUTS) and text.count("with its inputs") == 4
+    rows = [line.split()[0] for line in text.splitlines() if line[:4] in ("g_a ", "h_a ", "h_s ", "g_s ", "g_a.", "h_a.", "h_s.", "g_s.")]
+    assert rows == ["g_a", "h_a", "h_s", "g_s", *INPUTS]
     assert not (pipeline / "no.pt").exists()
 
 
