@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from lic import coder
+from lic import coder, int8
 from lic.entropy import LOG_SCALE_MIN, LOG_SCALE_STEP, SCALE_LEVELS
 from lic.files import BadStream, LicError
 from lic.images import to_tensor
@@ -69,7 +69,8 @@ def _integers(tensor, what):
 class ImageCoder:
     """Compresses and decompresses with one model. checkpoint.load gives model, tables and fingerprint.
 
-    amp: g_a, h_a and g_s in bf16 autocast. A file made so is as valid and is read by any decoder.
+    A quantized codec on the CPU uses int8 kernels where there are any (int8.py). amp: g_a, h_a and g_s in bf16
+    autocast. A file made so is as valid and is read by any decoder.
     """
 
     def __init__(self, model, tables, fingerprint, amp=False):
@@ -77,6 +78,9 @@ class ImageCoder:
         self.amp = amp
         h_s = IntegerHyperSynthesis(model.h_s) if model.quantization else copy.deepcopy(model.h_s).double()
         self.h_s = h_s.cpu()
+        self.g_a, self.h_a, self.g_s = model.g_a, model.h_a, model.g_s
+        if model.quantization and model.log_gain.device.type == "cpu":
+            self.g_a, self.h_a, self.g_s = (int8.convert(network) for network in (model.g_a, model.h_a, model.g_s))
         self.tables = tables
         self.fingerprint = bytes.fromhex(fingerprint)[:8]
 
@@ -111,8 +115,8 @@ class ImageCoder:
         device = self.model.log_gain.device
         x = padded(image).to(device)
         gain, _ = self.model.gains(torch.tensor([quality / 256], device=device))
-        y = self._network(self.model.g_a, x - 0.5) * gain  # (1, M, H/16, W/16)
-        z = self._network(self.model.h_a, y).cpu()  # (1, Z, H/64, W/64)
+        y = self._network(self.g_a, x - 0.5) * gain  # (1, M, H/16, W/16)
+        z = self._network(self.h_a, y).cpu()  # (1, Z, H/64, W/64)
 
         z_symbols = _integers(z, "z")
         mean, y_index = self._entropy_parameters(z_symbols.reshape(z.shape[1:]))
@@ -159,7 +163,7 @@ class ImageCoder:
         device = self.model.log_gain.device
         _, inverse_gain = self.model.gains(torch.tensor([level], device=device))
         y_hat = (torch.from_numpy(y_symbols).reshape(mean.shape) + mean).float().to(device)
-        x_hat = self._network(self.model.g_s, y_hat.contiguous(memory_format=torch.channels_last) * inverse_gain) + 0.5
+        x_hat = self._network(self.g_s, y_hat.contiguous(memory_format=torch.channels_last) * inverse_gain) + 0.5
         x_hat = (x_hat[0, :, :height, :width].clamp(0, 1) * 255).round().to(torch.uint8)
         return x_hat.permute(1, 2, 0).contiguous().cpu().numpy()
 

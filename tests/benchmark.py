@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from lic import coder  # noqa: E402
 from lic.bitstream import ImageCoder, build_tables  # noqa: E402
 from lic.entropy import LOG_SCALE_MIN, LOG_SCALE_STEP  # noqa: E402
+from lic.files import run  # noqa: E402
 from lic.images import dead_leaves, random_crops  # noqa: E402
 from lic.models import Codec, preset_config  # noqa: E402
 from lic.optimizer import Optimizer  # noqa: E402
@@ -59,7 +60,7 @@ def where_the_time_goes(image_coder, image, data, runs=5):
         return call
 
     for name in ("g_a", "h_a", "g_s"):
-        network = getattr(image_coder.model, name)
+        network = getattr(image_coder, name)
         network.forward = timed(name, network.forward)
     image_coder.h_s.forward = timed("h_s (float64)", image_coder.h_s.forward)
     coder.encode, coder.decode = timed("entropy coding", coder.encode), timed("entropy coding", coder.decode)
@@ -107,4 +108,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -1,0 +1,95 @@
+"""The int8 kernels: the same as the simulation, and not used where they are missing or wrong."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from helpers import lively_codec, photo_like
+from torch.nn import functional as F
+
+from lic import int8
+from lic.bitstream import ImageCoder, build_tables
+from lic.images import dead_leaves
+from lic.int8 import Int8Convolution, subpixel
+from lic.integer import freeze_h_s
+from lic.metrics import psnr
+from lic.quantization import INPUTS, input_scales, quantize_layers
+
+OUTSIDE_H_S = [name for name, input_range in INPUTS.items() if input_range and not name.startswith("h_s")]
+needs_kernel = pytest.mark.skipif(not int8.available(), reason="this torch or this CPU has no exact int8 convolution")
+
+
+@pytest.fixture(scope="module")
+def quantized():
+    model = lively_codec()
+    quantize_layers(model, input_scales(model, photo_like()))
+    freeze_h_s(model)
+    return model.eval()
+
+
+def test_a_transposed_convolution_is_an_ordinary_one_and_a_shuffle():
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(3, 2, 5, 5, generator=generator), torch.randn(2, 3, 4, 6, generator=generator)
+    expected = F.conv_transpose2d(x, weight, stride=2, padding=2, output_padding=1)
+    torch.testing.assert_close(F.pixel_shuffle(F.conv2d(x, subpixel(weight), padding=1), 2), expected, rtol=1e-5, atol=1e-5)
+
+
+@needs_kernel
+@pytest.mark.parametrize("name", OUTSIDE_H_S)
+def test_a_layer_gives_what_was_simulated(quantized, name):
+    layer = quantized.get_submodule(name)
+    low, high = layer.input_range
+    steps = torch.randint(low - 20, high + 21, (2, layer.in_channels, 12, 10), generator=torch.Generator().manual_seed(1))
+    x = (steps * layer.input_scale.detach()).to(memory_format=torch.channels_last)  # some are clipped
+    with torch.no_grad():
+        expected, result = layer(x), Int8Convolution(layer)(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            coarse = Int8Convolution(layer)(x)
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+    assert coarse.dtype == torch.bfloat16
+    torch.testing.assert_close(coarse.float(), expected, rtol=2**-7, atol=0.02 * expected.abs().max().item())
+
+
+@needs_kernel
+def test_files_are_decoded_alike_with_and_without_the_kernels(quantized, monkeypatch):
+    image, tables = dead_leaves(5, 128), build_tables(quantized)
+    fast = ImageCoder(quantized, tables, "0" * 16)
+    assert sum(isinstance(m, Int8Convolution) for n in (fast.g_a, fast.h_a, fast.g_s) for m in n.modules()) == len(OUTSIDE_H_S)
+    monkeypatch.setattr(int8, "available", lambda: False)
+    plain = ImageCoder(quantized, tables, "0" * 16)
+    assert not any(isinstance(m, Int8Convolution) for n in (plain.g_a, plain.h_a, plain.g_s) for m in n.modules())
+    for coder in (fast, plain):
+        data = coder.compress(image, 2)
+        decoded = [np.asarray(c.decompress(data), dtype=int) for c in (fast, plain)]
+        assert np.abs(decoded[0] - decoded[1]).max() <= 1
+    images = [coder.decompress(coder.compress(image, 2)) for coder in (fast, plain)]
+    assert psnr(image, images[0]) == pytest.approx(psnr(image, images[1]), abs=0.01)
+
+
+def test_the_networks_of_the_model_stay_as_they_are(quantized):
+    before = copy.deepcopy(quantized.state_dict())
+    int8.convert(quantized.g_s)
+    assert all(torch.equal(v, before[k]) for k, v in quantized.state_dict().items())
+    assert not any(isinstance(m, Int8Convolution) for m in quantized.modules())
+
+
+@pytest.mark.parametrize("fault", [None, "missing", "another interface", "saturates"])
+def test_a_kernel_that_is_missing_or_wrong_is_not_used(monkeypatch, fault):
+    class Operators:
+        @staticmethod
+        def qconv_prepack(*arguments):
+            if fault == "another interface":
+                raise RuntimeError("qconv_prepack() takes 3 arguments")
+            return arguments[0]
+
+        @staticmethod
+        def qconv2d_pointwise(q, input_scale, zero_point, weight, *rest):
+            """What CPUs without VNNI do: products summed in pairs, in 16 bits."""
+            x = q.double() - zero_point
+            exact = F.conv2d(x, weight.double(), None, 1, 1)
+            return (exact.clamp(-(2**15), 2**15 - 1) if fault else exact).float()
+
+    operators = object() if fault == "missing" else Operators
+    monkeypatch.setattr(torch.ops, "onednn", operators)
+    assert int8.available.__wrapped__() is (fault is None)
