@@ -19,17 +19,17 @@ class BadStream(LicError):
 
 
 def keep_freed_memory():
-    """Tell glibc, where there is one, to keep what a tensor leaves behind for the next one. Returns whether it did.
+    """Tell glibc, where there is one, to keep the memory of a tensor that goes, up to 256 MiB, for the next one. Returns whether it did.
 
     By default it gives large blocks back to the system, which clears them page by page when they are asked for again:
-    more time than a layer of GDN takes to compute. mallopt(3).
+    that can take longer than a layer of GDN. mallopt(3).
     """
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):  # another C library
         return False
-    return bool(mallopt(M_MMAP_THRESHOLD, 2**30) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+    return bool(mallopt(M_MMAP_THRESHOLD, 2**28) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
 
 
 def run(main):

@@ -56,6 +56,10 @@ def variants(model, trained, calibration):
     simulated = copy.deepcopy(trained)
     simulated.quantization = None  # the coder then runs the same h_s, 8 bits simulated, in float64
     yield "the same, h_s simulated in float64", simulated
+    weights = copy.deepcopy(simulated)
+    for name in INPUTS:
+        weights.get_submodule(name).input_range = None
+    yield "its weights, activations float", weights
 
 
 def main():
