@@ -22,6 +22,7 @@ from lic.gdn import lower_bound
 
 MAX_BITS = 24.0  # what a symbol in the coder's table costs at most: its least probability is 2^-24
 SCALE_MIN, SCALE_MAX, SCALE_LEVELS = 0.11, 256.0, 64
+FARTHEST = 1000.0  # scales from the mean; 720,000 bits
 LOG_SCALE_MIN = math.log(SCALE_MIN)
 LOG_SCALE_STEP = (math.log(SCALE_MAX) - LOG_SCALE_MIN) / (SCALE_LEVELS - 1)
 
@@ -106,9 +107,11 @@ class GaussianConditional(nn.Module):
         """
         log_scale = lower_bound(log_scale, LOG_SCALE_MIN)
         scale = torch.exp(-lower_bound(-log_scale, -math.log(SCALE_MAX)))  # an upper bound that lets go, too
-        v = (y - mean).abs()  # the density is symmetric: both edges in or near the lower tail
-        upper = torch.special.log_ndtr((0.5 - v) / scale)
-        lower = torch.special.log_ndtr((-0.5 - v) / scale)
+        # The density is symmetric: both edges lie in or near the lower tail. Some 10^4 scales out the gradient of log_ndtr
+        # is no number in float32; beyond FARTHEST the bits stay those of FARTHEST and the gradient lets v come back.
+        v = -lower_bound(-(y - mean).abs() / scale, -FARTHEST)
+        upper = torch.special.log_ndtr(0.5 / scale - v)
+        lower = torch.special.log_ndtr(-0.5 / scale - v)
         return (upper + torch.log(-torch.expm1(lower - upper))) * (-1 / math.log(2))
 
     @staticmethod

@@ -14,13 +14,18 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from lic import coder  # noqa: E402
+from lic import coder, int8  # noqa: E402
+from lic.__main__ import SHIPPED  # noqa: E402
 from lic.bitstream import ImageCoder, build_tables  # noqa: E402
+from lic.checkpoint import load  # noqa: E402
 from lic.entropy import LOG_SCALE_MIN, LOG_SCALE_STEP  # noqa: E402
-from lic.files import run  # noqa: E402
+from lic.files import keep_freed_memory  # noqa: E402
+from lic.gdn import GDN  # noqa: E402
 from lic.images import dead_leaves, random_crops  # noqa: E402
 from lic.models import Codec, preset_config  # noqa: E402
 from lic.optimizer import Optimizer  # noqa: E402
+from lic.pruning import watch  # noqa: E402
+from lic.quantization import INPUTS  # noqa: E402
 from lic.training import rate_distortion  # noqa: E402
 
 
@@ -71,6 +76,35 @@ def where_the_time_goes(image_coder, image, data, runs=5):
         print(f"{verb}: " + ", ".join(f"{name} {ms:.0f} ms" for name, ms in spent.items()))
 
 
+@torch.no_grad()
+def kept_memory():
+    """A GDN of float32 at half the resolution of 768x512, before and after files.keep_freed_memory."""
+    gdn = GDN(64)
+    x = torch.randn(1, 64, 256, 384).to(memory_format=torch.channels_last)
+    times = [median_ms(lambda: gdn(x), 20)]
+    assert keep_freed_memory()
+    print(f"GDN, 64 channels, 384x256, float32: {times[0]:.1f} ms; freed memory kept: {median_ms(lambda: gdn(x), 20):.1f} ms")
+
+
+@torch.no_grad()
+def convolutions():
+    """The 8-bit layers of the shipped quantized codec on a 768x512 image, as simulated and on int8 kernels, input quantized within."""
+    model, _ = load(SHIPPED)
+    inputs = watch(model, torch.rand(1, 3, 512, 768), [n for n, r in INPUTS.items() if r and n[:3] in ("g_a", "g_s")], lambda v: v)
+    print("milliseconds of a layer, median of 20  " + "".join(f"{name:>12}" for name in inputs))
+    kernels = int8.available()
+    for name, amp in (("float32", False), ("bf16", True)):
+        for kind in ("simulated", "int8 kernel") if kernels else ("simulated",):
+            row = f"{kind + ', ' + name:39}"
+            for layer_name, (x, *_) in inputs.items():
+                layer = model.get_submodule(layer_name)
+                layer = layer if kind == "simulated" else int8.Int8Convolution(layer)
+                x = x.bfloat16() if amp else x
+                with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+                    row += f"{median_ms(lambda: layer(x), 20):12.1f}"
+            print(row)
+
+
 def training_step():
     model = Codec(preset_config("small")).to(memory_format=torch.channels_last)
     optimizer = Optimizer(model)
@@ -91,6 +125,8 @@ def training_step():
 def main():
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
     torch.manual_seed(0)
+    kept_memory()
+    convolutions()
     model = Codec(preset_config("base")).to(memory_format=torch.channels_last)
     tables = build_tables(model)
     entropy_coding(tables["y"])
@@ -108,4 +144,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    main()

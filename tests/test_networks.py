@@ -79,6 +79,15 @@ def test_gaussian_bits_are_those_of_erfc_where_erfc_is_exact():
     torch.testing.assert_close(bits[p > 1e-300], -torch.log2(p[p > 1e-300]))
 
 
+@pytest.mark.parametrize("distance", [300.0, 5312.0, 1e7])
+def test_however_far_out_the_gradient_is_a_number_and_leads_back(distance):
+    y, mean, log_scale = (torch.tensor([v], requires_grad=True) for v in (0.0, distance, -126.0))
+    bits = soft_limit(GaussianConditional.bits(y, mean, log_scale))
+    bits.sum().backward()
+    assert 24 < bits.item() < 1000
+    assert -torch.inf < y.grad < 0 and 0 < mean.grad < torch.inf and -torch.inf < log_scale.grad < 0  # a step down the gradient: nearer, wider
+
+
 def test_an_outlier_feels_a_gradient_that_does_not_explode():
     log_scale = torch.full((3,), math.log(0.11), requires_grad=True)
     y = torch.tensor([3.0, 20.0, 100.0], requires_grad=True)
