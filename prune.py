@@ -2,7 +2,7 @@
 
     python prune.py                                         after python search.py
     python prune.py --checkpoint runs/small.pt --data photos/ --amp --steps 5000
-    python prune.py --control --out runs/control.pt ...     the same steps, nothing removed
+    python prune.py --control --data photos/ --amp --steps 5000     the same steps, nothing removed: runs/control.pt
 """
 
 import argparse
@@ -23,8 +23,10 @@ def parse_args():
     parser.add_argument("--checkpoint", default="runs/base.pt", help="codec to prune (default: runs/base.pt)")
     parser.add_argument("--plan", default="runs/plan.json", help="from search.py (default: runs/plan.json)")
     parser.add_argument("--control", action="store_true",
-                        help="no plan, no cut: only the extra steps, to compare fairly; choose another output")  # fmt: skip
+                        help="no plan, no cut: only the extra steps, to compare fairly; writes runs/control.pt by default")  # fmt: skip
     add_training_arguments(parser, steps=500, lr=1e-3, out="runs/pruned.pt")
+    if parser.parse_known_args()[0].control:
+        parser.set_defaults(out="runs/control.pt")
     return parser.parse_args()
 
 

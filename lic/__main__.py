@@ -49,13 +49,20 @@ def parse_args():
     return parser.parse_args()
 
 
+def check_output(path, suffix):
+    """Refuse a name that is not this command's to write: `compress *.png` must not overwrite a photograph."""
+    if Path(path).suffix.lower() != suffix:
+        raise LicError(f"{path}: this command writes {suffix[1:]} files; end the name in {suffix}")
+    check_writable(path)
+
+
 def image_coder(path, amp=False):
     model, meta = load(path)
     return ImageCoder(model, meta["tables"], meta["fingerprint"], amp)
 
 
 def compress(args):
-    check_writable(args.output)
+    check_output(args.output, ".lic")
     image = read_image(args.input)
     data = image_coder(args.checkpoint, args.amp).compress(image, args.quality, args.max_pixels)
     write_bytes(args.output, data)
@@ -64,9 +71,7 @@ def compress(args):
 
 
 def decompress(args):
-    if Path(args.output).suffix.lower() != ".png":
-        raise LicError(f"{args.output}: the decoder writes PNG; end the name in .png")
-    check_writable(args.output)
+    check_output(args.output, ".png")
     image = image_coder(args.checkpoint, args.amp).decompress(read_bytes(args.input), args.max_pixels)
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="PNG")
@@ -103,7 +108,7 @@ def classical(image, form, size):
 
 
 def compare(args):
-    check_writable(args.output)
+    check_output(args.output, ".png")
     image = read_image(args.input)
     height, width = image.shape[:2]
     x, y = args.at or (max(0, (width - args.crop) // 2), max(0, (height - args.crop) // 2))
@@ -126,6 +131,7 @@ def compare(args):
 
 def export(args):
     """All that decoding needs, as docs/porting.md describes it: tensors (int8 if quantized), tables, config."""
+    check_output(args.output, ".npz")
     model, meta = load(args.checkpoint)
     arrays = {name: tensor.numpy() for name, tensor in pack(model.state_dict()).items()}
     for kind, tables in meta["tables"].items():

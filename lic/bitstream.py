@@ -109,7 +109,7 @@ class ImageCoder:
             raise LicError(f"quality {quality} is not between 0 and {levels - 1}, this checkpoint's levels")
         quality = round(quality * 256)
         height, width = image.shape[:2]
-        if _padded_pixels(height, width) > max_pixels:
+        if padded_pixels(height, width) > max_pixels:
             raise LicError(f"the image has {width}x{height} pixels, more than the limit of {max_pixels}; "
                            f"raise it with --max-pixels, which the decoder will need too")  # fmt: skip
         device = self.model.log_gain.device
@@ -139,7 +139,7 @@ class ImageCoder:
             raise BadStream(f"the file was made by model {header['fingerprint'].hex()}, "
                             f"this checkpoint is {self.fingerprint.hex()}; decode with the same model")  # fmt: skip
         height, width, level = header["height"], header["width"], header["quality"]
-        if _padded_pixels(height, width) > max_pixels:
+        if padded_pixels(height, width) > max_pixels:
             raise BadStream(f"the file declares {width}x{height} pixels, more than the limit of {max_pixels}; "
                             f"raise it with --max-pixels")  # fmt: skip
         if level > len(self.model.lambdas) - 1:
@@ -168,7 +168,8 @@ class ImageCoder:
         return x_hat.permute(1, 2, 0).contiguous().cpu().numpy()
 
 
-def _padded_pixels(height, width):
+def padded_pixels(height, width):
+    """Pixels of an image after padding: what its size costs in memory."""
     return -(-height // STRIDE) * -(-width // STRIDE) * STRIDE**2
 
 

@@ -9,22 +9,19 @@ a flipped bit in a tensor; the fingerprint does. Compressed files carry its firs
 """
 
 import hashlib
-import io
 import json
-import pickle
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from lic.coder import Tables
-from lic.files import LicError, read_bytes, write_bytes
+from lic.files import UNREADABLE, LicError, read_bytes, read_tensors, write_tensors
 from lic.models import Codec
 from lic.pruning import GROUPS
 from lic.quantization import pack, quantize_layers, unpack
 
 FORMAT, VERSION = "lic checkpoint", 2  # version 1 had ReLUs in the hyper networks
-UNREADABLE = (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, LookupError, TypeError, AttributeError)
 
 
 def fingerprint(config, quantization, state_dict, tables):
@@ -60,9 +57,7 @@ def save(path, model, tables, stage, arguments, steps, parent=None, metrics=None
         "lineage": (parent["lineage"] if parent else []) + [entry], "metrics": metrics or {},
         "fingerprint": fingerprint(model.config, model.quantization, state_dict, tables),
     }  # fmt: skip
-    buffer = io.BytesIO()
-    torch.save(checkpoint, buffer)
-    write_bytes(path, buffer.getvalue())
+    write_tensors(path, checkpoint)
     return checkpoint["fingerprint"]
 
 
@@ -72,11 +67,7 @@ def load(path, stages=None):
 
     stages: the stages that the caller can use; another is refused.
     """
-    data = read_bytes(path)
-    try:
-        checkpoint = torch.load(io.BytesIO(data), weights_only=True)
-    except UNREADABLE as error:
-        raise LicError(f"{path} is not a lic checkpoint, or it is truncated") from error
+    checkpoint = read_tensors(path, otherwise=f"{path} is not a lic checkpoint, or it is truncated")
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise LicError(f"{path} is not a lic checkpoint; give a file that train.py, prune.py or quantize.py wrote")
     if checkpoint.get("version") != VERSION:
@@ -99,7 +90,7 @@ def load(path, stages=None):
         state_dict = unpack(state_dict)
     model.load_state_dict(state_dict)
     checkpoint["tables"] = {kind: Tables(*(np.ascontiguousarray(t[f].numpy()) for f in Tables._fields)) for kind, t in tables.items()}
-    checkpoint["bytes"] = len(data)
+    checkpoint["bytes"] = Path(path).stat().st_size
     return model.to(memory_format=torch.channels_last).eval(), checkpoint
 
 

@@ -1,9 +1,16 @@
 """The border to the operating system: errors as one sentence, files whole or not at all, memory kept."""
 
 import ctypes
+import io
 import os
+import pickle
 import sys
 from pathlib import Path
+
+import torch
+
+# what torch.load and the use of what it gave raise when a file is cut, damaged or something else altogether
+UNREADABLE = (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, LookupError, TypeError, AttributeError)
 
 
 class LicError(Exception):
@@ -19,17 +26,18 @@ class BadStream(LicError):
 
 
 def keep_freed_memory():
-    """Tell glibc, where there is one, to keep the memory of a tensor that goes, up to 256 MiB, for the next one. Returns whether it did.
+    """Tell glibc, where there is one, to keep the memory of a tensor that goes for the next one. Returns whether it did.
 
     By default it gives large blocks back to the system, which clears them page by page when they are asked for again:
-    that can take longer than a layer of GDN. mallopt(3).
+    that can take longer than a layer of GDN. Blocks up to 256 MiB are kept, or up to 32 where glibc allows no more; mallopt(3).
     """
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):  # another C library
         return False
-    return bool(mallopt(M_MMAP_THRESHOLD, 2**28) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+    kept = mallopt(M_MMAP_THRESHOLD, 2**28) or mallopt(M_MMAP_THRESHOLD, 2**25)
+    return bool(kept and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
 
 
 def run(main):
@@ -66,6 +74,14 @@ def read_bytes(path):
         raise LicError(f"cannot read {path}: {error.strerror}") from error
 
 
+def read_tensors(path, otherwise):
+    """What torch.save wrote, on the CPU; no code in the file is run. Raises LicError(otherwise) if it is something else."""
+    try:
+        return torch.load(io.BytesIO(read_bytes(path)), weights_only=True, map_location="cpu")
+    except UNREADABLE as error:
+        raise LicError(otherwise) from error
+
+
 def write_bytes(path, data):
     """Write to a temporary name, then rename: a reader sees the old file or the new one, never half."""
     path = Path(path)
@@ -81,3 +97,10 @@ def write_bytes(path, data):
         raise LicError(f"cannot write {path}: {error.strerror}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_tensors(path, value):
+    """torch.save to a file that is whole or not there at all."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    write_bytes(path, buffer.getvalue())

@@ -18,6 +18,7 @@ from lic.files import LicError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".avif"}
 HELD_OUT = 16
+BITS_PER_SAMPLE = 258  # a TIFF tag
 
 
 def read_image(path):
@@ -25,13 +26,18 @@ def read_image(path):
 
     Turned as EXIF says; 16 bits are scaled to 8, not clipped (grey rounded here, colour truncated by
     Pillow); transparency is composited on white; CMYK is converted without a colour profile; of an
-    animation, the first frame. Floating-point and 32-bit images have no known white and are refused.
+    animation, the first frame. Floating-point and 32-bit images have no known white and are refused, and so are
+    TIFFs of 12 bits and 16-bit grey with transparency, which Pillow does not tell apart from plain 16-bit grey.
     """
     try:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)
             if image.mode.startswith("I;16") or image.mode == "I" and file.format == "PPM":
                 # 16-bit grey, which convert("RGB") would clip to white
+                if image.has_transparency_data:
+                    raise ValueError("16-bit grey with transparency; convert it to 8 bits first")
+                if file.format == "TIFF" and file.tag_v2.get(BITS_PER_SAMPLE, (16,)) != (16,):
+                    raise ValueError("neither 8 nor 16 bits a sample; convert it first")
                 grey = np.rint(np.asarray(image, dtype=np.float64) / 257).astype(np.uint8)
                 return np.repeat(grey[:, :, None], 3, axis=2)
             if image.mode in ("I", "F"):
@@ -41,7 +47,7 @@ def read_image(path):
                 white = Image.new("RGBA", image.size, "white")
                 image = Image.alpha_composite(white, image)
             return np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError) as error:
         raise LicError(f"cannot read {path} as an image: {error}") from error
 
 
@@ -93,7 +99,7 @@ def load_images(data, crop):
     for name, image in zip(names, images):
         if min(image.shape[:2]) < crop:
             height, width = image.shape[:2]
-            raise LicError(f"{name} is {width}x{height}, smaller than the crop of {crop}; remove it or crop less")
+            raise LicError(f"{name} is {width}x{height}, smaller than the crop of {crop}; crop less, or leave such images out")
     validation = images[::HELD_OUT]
     train = [image for i, image in enumerate(images) if i % HELD_OUT]
     return train or validation, validation

@@ -41,7 +41,8 @@ class Int8Convolution(nn.Module):
             self.stride, self.padding, (1, 1), 1, None)  # fmt: skip
 
     def forward(self, x):
-        q = x.mul(1 / self.input_scale).add_(self.zero_point).round_().clamp_(0, self.largest).to(torch.uint8)
+        # in float32: bf16 has no room for both the integer and its fraction
+        q = x.float().mul(1 / self.input_scale).round_().add_(self.zero_point).clamp_(0, self.largest).to(torch.uint8)
         dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else torch.float32
         out = torch.ops.onednn.qconv2d_pointwise(
             q.contiguous(memory_format=torch.channels_last), self.input_scale, self.zero_point, self.packed,

@@ -10,15 +10,13 @@ An exact resume needs no saved random state: each step draws from a generator se
 (seed, step), and the learning rate is a function of the step and the number of steps.
 """
 
-import io
-import pickle
 import signal
 import time
 
 import numpy as np
 import torch
 
-from lic.files import LicError, read_bytes, write_bytes
+from lic.files import UNREADABLE, LicError, read_tensors, write_tensors
 from lic.images import random_crops
 from lic.optimizer import Optimizer
 
@@ -118,7 +116,7 @@ def fit(model, train, held_out, args, parent=None):
     """Train `model` in place for args.steps steps; args as `add_training_arguments` gives them.
 
     train: list of (H, W, 3) uint8; held_out: (B, 3, H, W), whose J is printed at each save; parent:
-    fingerprint of the checkpoint that the weights came from, so that --resume notices another.
+    what else the weights at step 0 came from, plain values, so that --resume notices another.
     Saves to OUT.state at intervals and on Ctrl-C or SIGTERM, then raises Interrupted; raises
     LicError at the first gradient that is not finite. --resume takes another args.steps if the warm-up is the
     same and the decline of the learning rate has not begun.
@@ -129,6 +127,7 @@ def fit(model, train, held_out, args, parent=None):
     held_out = held_out.to(args.device)
     optimizer = Optimizer(model)
     settings = {k: vars(args)[k] for k in ("data", "steps", "batch", "crop", "lr", "amp", "seed")}
+    settings |= {"images": [len(train), sum(image.size for image in train)]}  # another photograph would shift every crop
     settings |= {"config": model.config, "quantization": model.quantization, "parent": parent, "recipe": "Muon and Adam, leaky ReLU, decline over two thirds"}
     state_path = args.out + ".state"
     first = load_state(state_path, model, optimizer, settings) if args.resume else 0
@@ -196,20 +195,19 @@ class Progress:
 
 def save_state(path, model, optimizer, step, settings):
     """Write what --resume needs; settings: plain values that must not change in between."""
-    buffer = io.BytesIO()
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "settings": settings}
-    torch.save(state, buffer)
-    write_bytes(path, buffer.getvalue())
+    write_tensors(path, state)
 
 
 def load_state(path, model, optimizer, settings):
     """Restore model and optimizer in place; returns the number of steps already done."""
+    no_state = f"{path} holds no training state; start without --resume"
+    state = read_tensors(path, otherwise=no_state)
     try:
-        state = torch.load(io.BytesIO(read_bytes(path)), weights_only=True, map_location="cpu")
         done, made_with = state["step"], state["settings"]
         changed = sorted(k for k in settings if settings[k] != made_with.get(k))
-    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise LicError(f"{path} holds no training state; start without --resume") from error
+    except UNREADABLE as error:
+        raise LicError(no_state) from error
     if changed == ["steps"]:
         (warmup, decline), (new_warmup, new_decline) = phases(made_with["steps"]), phases(settings["steps"])
         if done > min(decline, new_decline) or warmup != new_warmup:

@@ -1,6 +1,7 @@
-"""What each part of quantization costs, in BD-rate over the float codec with real files (takes minutes).
+"""What each part of quantization costs (minutes).
 
-    python tests/ablation.py --data kodak/ --photos photos/ --float checkpoints/pruned.pt --quantized checkpoints/quantized.pt
+    python tests/ablation.py --photos photos/                 rise of J on held-out crops, by part and by layer, untrained
+    python tests/ablation.py --photos photos/ --data kodak/   BD-rate over the float codec with real files, step by step
 
 --photos: the training folder, from which the scales are calibrated as quantize.py does it.
 """
@@ -16,34 +17,102 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from evaluate import measure_level, points  # noqa: E402
-from lic.bitstream import ImageCoder  # noqa: E402
+from lic.bitstream import ImageCoder, build_tables  # noqa: E402
 from lic.checkpoint import load  # noqa: E402
 from lic.files import run  # noqa: E402
 from lic.images import find_images, fixed_crops, load_images, read_image  # noqa: E402
 from lic.integer import freeze_h_s  # noqa: E402
 from lic.metrics import bd_rate  # noqa: E402
-from lic.pruning import channel_axes, rows  # noqa: E402
-from lic.quantization import INPUTS, WEIGHT, along, equalize, fake_quantize, input_scales, least_error_scale, quantize_layers  # noqa: E402
+from lic.pruning import channel_axes, rows, watch  # noqa: E402
+from lic.quantization import (  # noqa: E402
+    INPUTS,
+    WEIGHT,
+    along,
+    equalize,
+    fake_quantize,
+    input_scales,
+    largest_scale,
+    least_error_scale,
+    quantize_layers,
+)
+from lic.training import image_losses  # noqa: E402
+
+EIGHT_BIT = [name for name, input_range in INPUTS.items() if input_range]
 
 
 @torch.no_grad()
-def round_weights(model):
+def percentile_scales(model, x, share):
+    """As `input_scales`, each scale such that `share` of the values are not clipped."""
+    seen = watch(model, x, EIGHT_BIT, lambda v: v.flatten()[:: v.numel() // 5_000 | 1])
+    scales = {}
+    for name, parts in seen.items():
+        low, high = INPUTS[name]
+        v = torch.cat(parts)
+        steps = torch.where(v > 0, v / high, v / low).sort().values
+        scales[name] = steps[int(share * (len(steps) - 1))]
+    return scales
+
+
+@torch.no_grad()
+def round_weights(model, names=INPUTS):
     """Weights on the 8-bit grid, activations float, in place."""
-    for name in INPUTS:
+    for name in names:
         layer = model.get_submodule(name)
         scale = along(channel_axes(layer)[0], least_error_scale(rows(layer), *WEIGHT))
         layer.weight.copy_(fake_quantize(layer.weight, scale, *WEIGHT))
     return model
 
 
-def quantized(model, scales, names=INPUTS):
-    quantize_layers(model, scales, names)
-    freeze_h_s(model)
-    return model
+def show_layers(model, calibration, held_out):
+    """Print the rise of J that each part costs without training: its mean over images and levels, and the worst of them."""
+    base = image_losses(model, held_out)
+
+    def rise(start, scales=None, names=INPUTS):
+        """scales: of the inputs; None: the weights alone."""
+        codec = copy.deepcopy(start)
+        if scales:
+            quantize_layers(codec, scales, names)
+        else:
+            round_weights(codec, names)
+        rises = image_losses(codec, held_out) / base - 1
+        return f"{rises.mean():+8.2%} {rises.max():+8.2%}"
+
+    equalized = copy.deepcopy(model)
+    equalize(equalized, calibration)
+    chosen = input_scales(equalized, calibration)
+    least, largest = (input_scales(equalized, calibration, clipped) for clipped in (EIGHT_BIT, []))
+    print("rise of J: mean over images and levels, and worst")
+    print(f"weights alone, as trained                        {rise(model)}")
+    print(f"weights alone, equalized                         {rise(equalized)}")
+    print(f"and activations: as trained                      {rise(model, input_scales(model, calibration))}")
+    print(f"                 equalized                       {rise(equalized, chosen)}")
+    print(f"                 least error everywhere          {rise(equalized, least)}")
+    print(f"                 nothing clipped                 {rise(equalized, largest)}")
+    for share in (0.999, 0.9999):
+        scales = percentile_scales(equalized, calibration, share)
+        print(f"                 {share:.2%} of the values inside     {rise(equalized, scales)}")
+    print("\nequalized      weights alone     with inputs, as chosen")
+    for network in ("g_a", "h_a", "h_s", "g_s"):
+        names = [name for name in INPUTS if name.startswith(network)]
+        print(f"{network:10} {rise(equalized, None, names)}  {rise(equalized, chosen, names)}")
+    print("\nequalized      weights alone     with its input:    nothing clipped    weights' error: mean and worst row; mean with the largest")
+    print("                                 least error                           weight's scale")
+    for name in INPUTS:
+        W = rows(equalized.get_submodule(name))
+        error = [(fake_quantize(W, scale[:, None], *WEIGHT) - W).norm(dim=1) / W.norm(dim=1).clamp(min=1e-12)
+                 for scale in (least_error_scale(W, *WEIGHT), largest_scale(W, *WEIGHT))]  # fmt: skip
+        inputs = f"{rise(equalized, least, [name])}  {rise(equalized, largest, [name])}" if name in EIGHT_BIT else " " * 36
+        print(f"{name:10} {rise(equalized, None, [name])}  {inputs}  {error[0].mean():.3%}  {error[0].max():.3%}  {error[1].mean():.3%}")
 
 
 def variants(model, trained, calibration):
     """(name, codec) of each measurement; model, trained: the float codec and what quantize.py made of it."""
+
+    def quantized(codec, scales, names=INPUTS):
+        quantize_layers(codec, scales, names)
+        freeze_h_s(codec)
+        return codec
+
     yield "float", model
     yield "8-bit weights, as trained", round_weights(copy.deepcopy(model))
     equalized = copy.deepcopy(model)
@@ -62,25 +131,35 @@ def variants(model, trained, calibration):
     yield "its weights, activations float", weights
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--photos", required=True)
-    parser.add_argument("--float", default="checkpoints/pruned.pt")
-    parser.add_argument("--quantized", default="checkpoints/quantized.pt")
-    args = parser.parse_args()
-    images = [read_image(path) for path in find_images(args.data)]
-    calibration = fixed_crops(load_images(args.photos, 256)[0], 512, 128)
-    model, meta = load(vars(args)["float"])
-    print(f"PSNR BD-rate over {vars(args)['float']}, {len(images)} images")
+def show_bd_rates(model, trained, calibration, images):
     anchor = None
-    for name, codec in variants(model, load(args.quantized)[0], calibration):
-        coder = ImageCoder(codec, meta["tables"], meta["fingerprint"])
+    for name, codec in variants(model, trained, calibration):
+        coder = ImageCoder(codec, build_tables(codec), "0" * 16)
         with tempfile.TemporaryDirectory() as folder:
             curve = points(measure_level(codec, coder, images, level, Path(folder)) for level in range(len(codec.lambdas)))
         anchor = anchor or curve
         percent, why = bd_rate(anchor, curve)
         print(f"{name:40}" + (why or f"{percent:+.2f} %"), flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--photos", required=True)
+    parser.add_argument("--data")
+    parser.add_argument("--float", default="checkpoints/pruned.pt")
+    parser.add_argument("--quantized", default="checkpoints/quantized.pt")
+    parser.add_argument("--calibration", type=int, default=512)
+    parser.add_argument("--crop", type=int, default=128)
+    args = parser.parse_args()
+    train, validation = load_images(args.photos, args.crop)
+    calibration = fixed_crops(train, args.calibration, args.crop)
+    model, _ = load(vars(args)["float"])
+    if args.data:
+        images = [read_image(path) for path in find_images(args.data)]
+        print(f"PSNR BD-rate over {vars(args)['float']}, {len(images)} images")
+        show_bd_rates(model, load(args.quantized)[0], calibration, images)
+    else:
+        show_layers(model, calibration, fixed_crops(validation, 64, args.crop))
 
 
 if __name__ == "__main__":

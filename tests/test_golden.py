@@ -114,6 +114,8 @@ def test_compare_puts_four_crops_side_by_side(tmp_path, monkeypatch, capsys):
     compare = ["lic/__main__.py", "compare", FOLDER / "leaves.png", output, *arguments]
     assert run_script(monkeypatch, *compare, "--at", 70, 0) == 2
     assert "lies outside" in capsys.readouterr().err and not output.exists()
+    assert run_script(monkeypatch, *compare[:3], tmp_path / "beside.jpg", *arguments) == 2
+    assert "end the name in .png" in capsys.readouterr().err
     assert run_script(monkeypatch, *compare, "--at", 3, 5) == 0
     assert capsys.readouterr().out.count(" dB") == 3
     beside = read_image(output)

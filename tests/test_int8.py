@@ -52,6 +52,17 @@ def test_a_layer_gives_what_was_simulated(quantized, name):
 
 
 @needs_kernel
+def test_an_input_in_bf16_is_rounded_once(quantized, monkeypatch):
+    """128 of the 256 integers have no room in bf16 for a fraction; the kernel must see those that a float32 would give."""
+    layer = quantized.get_submodule("g_s.conv2")
+    steps = torch.linspace(-127, 126, 4096).reshape(1, 1, 64, 64).expand(1, layer.in_channels, 64, 64)
+    x = (steps * layer.input_scale.detach()).bfloat16()
+    with torch.no_grad():
+        result = Int8Convolution(layer)(x.contiguous(memory_format=torch.channels_last))
+        torch.testing.assert_close(result, layer(x.float()), rtol=1e-5, atol=1e-5 * result.abs().max().item())
+
+
+@needs_kernel
 def test_files_are_decoded_alike_with_and_without_the_kernels(quantized, monkeypatch):
     image, tables = dead_leaves(5, 128), build_tables(quantized)
     fast = ImageCoder(quantized, tables, "0" * 16)

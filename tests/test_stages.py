@@ -11,6 +11,7 @@ import torch
 from helpers import ROOT, run_script
 from PIL import Image
 
+import prune
 from lic.checkpoint import load
 from lic.images import read_image
 from lic.models import Codec, preset_config
@@ -146,13 +147,46 @@ def test_training_goes_on_from_a_checkpoint(pipeline, photos, monkeypatch, capsy
     assert "brings its own" in capsys.readouterr().err
 
 
-def test_the_report_of_quantization_writes_nothing(pipeline, photos, monkeypatch, capsys):
-    arguments = ["--checkpoint", pipeline / "pruned.pt", "--data", photos, *TRAIN, "--report", "--out", pipeline / "no.pt"]
-    assert run_script(monkeypatch, "quantize.py", *arguments) == 0
+def test_the_ablation_has_a_row_a_layer_and_begins_at_zero(pipeline, photos, monkeypatch, capsys):
+    arguments = ["--photos", photos, "--crop", 64, "--calibration", 2, "--float", pipeline / "pruned.pt", "--quantized", pipeline / "quantized.pt"]
+    assert run_script(monkeypatch, "tests/ablation.py", *arguments) == 0
     text = capsys.readouterr().out
     rows = [line.split()[0] for line in text.splitlines() if line[:4] in ("g_a ", "h_a ", "h_s ", "g_s ", "g_a.", "h_a.", "h_s.", "g_s.")]
     assert rows == ["g_a", "h_a", "h_s", "g_s", *INPUTS]
-    assert not (pipeline / "no.pt").exists()
+    assert run_script(monkeypatch, "tests/ablation.py", *arguments, "--data", photos) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 9 and (lines[1].endswith("+0.00 %") or "does not rise" in lines[1])  # 20 steps may give no curve
+
+
+def test_the_control_has_its_own_output(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["prune.py", "--control"])
+    assert prune.parse_args().out == "runs/control.pt"
+    monkeypatch.setattr(sys, "argv", ["prune.py", "--control", "--out", "a.pt"])
+    assert prune.parse_args().out == "a.pt"
+    monkeypatch.setattr(sys, "argv", ["prune.py"])
+    assert prune.parse_args().out == "runs/pruned.pt"
+
+
+def test_a_scale_that_training_drove_to_zero_is_a_sentence(pipeline, photos, monkeypatch, capsys):
+    arguments = ["--checkpoint", pipeline / "pruned.pt", "--data", photos, *TRAIN, "--steps", 3, "--lr", 3, "--out", pipeline / "no.pt"]
+    assert run_script(monkeypatch, "quantize.py", *arguments) == 2
+    assert "smaller --lr" in capsys.readouterr().err and not (pipeline / "no.pt").exists()
+
+
+def test_a_flat_picture_is_evaluated_and_gives_valid_json(pipeline, tmp_path, monkeypatch, capsys):
+    Image.new("RGB", (64, 64), (128, 128, 128)).save(tmp_path / "grey.png")  # JPEG keeps it exactly: its PSNR is infinite
+    arguments = [pipeline / "base.pt", "--data", tmp_path, "--json", tmp_path / "e.json"]
+    assert run_script(monkeypatch, "evaluate.py", *arguments) == 0
+    result = json.loads((tmp_path / "e.json").read_text(), parse_constant=pytest.fail)
+    assert result["classical"]["jpeg"][-1]["psnr"] is None
+    assert "not comparable: jpeg has points that are not finite" in capsys.readouterr().out
+
+
+def test_an_image_beyond_the_limit_is_named_before_anything_is_measured(pipeline, tmp_path, monkeypatch, capsys):
+    Image.new("L", (2**17, 300)).save(tmp_path / "long.png")
+    assert run_script(monkeypatch, "evaluate.py", pipeline / "base.pt", "--data", tmp_path) == 2
+    error = capsys.readouterr()
+    assert "long.png" in error.err and error.out == ""
 
 
 def test_only_what_training_held_out(pipeline, photos, monkeypatch, capsys):
@@ -179,6 +213,9 @@ def test_command_line_there_and_back(pipeline, photos):
     stream.write_bytes(stream.read_bytes()[:-1])
     error = run_stage("lic", "decompress", stream, image, *checkpoint, status=1)
     assert str(stream) in error and error.count("\n") == 1 and not image.exists()
+    before = (photos / "1.png").read_bytes()
+    error = run_stage("lic", "compress", photos / "0.png", photos / "1.png", *checkpoint, status=2)
+    assert "end the name in .lic" in error and (photos / "1.png").read_bytes() == before
     error = run_stage("lic", "compress", photos / "0.png", stream, *checkpoint, "--quality", 4, status=2)
     assert "between 0 and 3" in error
 
@@ -226,7 +263,7 @@ def test_training_stops_with_a_sentence_when_the_loss_is_not_finite(tmp_path, ph
     assert "smaller --lr" in error and not (tmp_path / "x.pt").exists()
 
 
-FLAGS = {"amp", "resume", "control", "report", "held-out", "published", "json", "plot"}  # off unless given
+FLAGS = {"amp", "resume", "control", "held-out", "published", "json", "plot"}  # off unless given
 
 
 @pytest.mark.parametrize("script", ["train.py", "search.py", "prune.py", "quantize.py", "evaluate.py"])
