@@ -1,4 +1,4 @@
-"""Train a dense codec: one model for all rate levels.
+"""Train a codec: one model for all rate levels.
 
     python train.py                                         synthetic images, about a minute
     python train.py --preset small --data photos/ --amp --steps 30000 --out runs/small.pt
@@ -23,7 +23,7 @@ def parse_args():
     start = parser.add_mutually_exclusive_group()
     start.add_argument("--preset", choices=PRESETS, default="tiny", help="widths and lambdas (default: tiny)")
     start.add_argument("--plan", help="widths and lambdas of this plan of search.py: to train from scratch (default: none)")
-    start.add_argument("--checkpoint", help="go on from this dense codec: its widths, lambdas and weights (default: none)")
+    start.add_argument("--checkpoint", help="go on from this codec, dense or pruned: its widths, lambdas, weights, stage (default: none)")
     add_training_arguments(parser, steps=1000, lr=2e-3, out="runs/base.pt")
     return parser.parse_args()
 
@@ -39,9 +39,10 @@ def main():
     held_out = fixed_crops(validation, 16, args.crop)
 
     torch.manual_seed(args.seed)
-    parent = None
+    parent, stage = None, "train"
     if args.checkpoint:
-        model, parent = load(args.checkpoint, stages=("train", "control"))
+        model, parent = load(args.checkpoint, stages=("train", "control", "prune"))
+        stage = parent["stage"]  # a pruned codec stays one
     elif args.plan:
         model = Codec({key: load_plan(args.plan)[key] for key in ("widths", "lambdas")})
     else:
@@ -51,7 +52,7 @@ def main():
     fit(model, train, held_out, args, parent=parent and parent["fingerprint"])
 
     metrics = {"held_out_J": mean_loss(model, held_out).tolist()}
-    save(args.out, model, build_tables(model), "train", vars(args), args.steps, parent=parent, metrics=metrics)
+    save(args.out, model, build_tables(model), stage, vars(args), args.steps, parent=parent, metrics=metrics)
     print(f"wrote {args.out}")
 
 

@@ -14,8 +14,8 @@ read, is also computed in integers: integer.py.
 
 What stays float, and why:
     GDN      its sums of squares span too many octaves for 8 bits; a few % of the parameters
-    y_hat    the input of g_s.conv1: one 8-bit scale a tensor would be coarser than the codec's own
-             quantization step, which differs between channels and levels
+    y, y_hat the inputs of h_a.conv1 and g_s.conv1: one 8-bit scale a tensor would be coarser than the codec's own
+             quantization step, and drown the channels of y that hardly move
     gains    they are the quantization steps of y
     prior_z  only its tables matter after training
     biases   one number a channel
@@ -33,7 +33,8 @@ SIGNED, LEAKY, WEIGHT = (-128, 127), (-32, 223), (-127, 127)
 INPUTS = {  # layer: integer range of its input; None where no quantizer is needed
     "g_a.conv1": None,  # pixels less a constant: 8 bits already
     "g_a.conv2": SIGNED, "g_a.conv3": SIGNED, "g_a.conv4": SIGNED,
-    "h_a.conv1": SIGNED, "h_a.conv2": LEAKY, "h_a.conv3": LEAKY,
+    "h_a.conv1": None,  # y, see above
+    "h_a.conv2": LEAKY, "h_a.conv3": LEAKY,
     "h_s.conv1": None,  # z_hat: integers already
     "h_s.conv2": LEAKY, "h_s.conv3": LEAKY,
     "g_s.conv1": None,  # y_hat, see above
