@@ -163,6 +163,7 @@ def plot(path, pyplot, ours, others):
     figure, axes = pyplot.subplots(figsize=(8, 5.5))
     for name, curve in ours.items():
         axes.plot(*zip(*curve), marker="o", markersize=4, label=name)
+    axes.set_prop_cycle(color=pyplot.colormaps["tab20"].colors[1::2])  # ten lighter ones
     for name, curve in others.items():
         axes.plot(*zip(*curve), linewidth=1, linestyle="--", label=name)
     right = 1.4 * max(bpp for curve in ours.values() for bpp, _ in curve)

@@ -1,4 +1,4 @@
-"""8-bit weights and activations: uniform, symmetric, simulated in floating point.
+"""8-bit weights and activations: uniform, zero stays zero, simulated in floating point.
 
     q = clamp(round(v / s), low, high)        v_hat = s q
 
@@ -179,7 +179,7 @@ def input_scales(model, x, clipped=CLIPPED):
     """
 
     def summary(v):
-        sample = v.flatten()[:: v.numel() // 5_000 | 1]  # an odd stride, or it would see only even columns
+        sample = v.flatten()[:: v.numel() // 5_000 | 1].clone()  # odd, or it would see even columns only; a view would keep all of v
         return sample, torch.stack(v.aminmax())
 
     scales = {}

@@ -43,7 +43,7 @@ EIGHT_BIT = [name for name, input_range in INPUTS.items() if input_range]
 @torch.no_grad()
 def percentile_scales(model, x, share):
     """As `input_scales`, each scale such that `share` of the values are not clipped."""
-    seen = watch(model, x, EIGHT_BIT, lambda v: v.flatten()[:: v.numel() // 5_000 | 1])
+    seen = watch(model, x, EIGHT_BIT, lambda v: v.flatten()[:: v.numel() // 5_000 | 1].clone())
     scales = {}
     for name, parts in seen.items():
         low, high = INPUTS[name]

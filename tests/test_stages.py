@@ -142,6 +142,10 @@ def test_training_goes_on_from_a_checkpoint(pipeline, photos, monkeypatch, capsy
     assert [entry["parent"] for entry in longer["lineage"]] == [None, base["fingerprint"]]
     assert run_script(monkeypatch, "train.py", *arguments, "--steps", 1) == 0
     assert load(pipeline / "longer.pt")[1]["fingerprint"] != base["fingerprint"]
+    again = ["--checkpoint", pipeline / "pruned.pt", "--data", photos, *TRAIN, "--steps", 1, "--out", pipeline / "narrow.pt"]
+    assert run_script(monkeypatch, "train.py", *again) == 0
+    (_, narrow), (_, pruned) = load(pipeline / "narrow.pt"), load(pipeline / "pruned.pt")
+    assert narrow["stage"] == "prune" and narrow["config"] == pruned["config"] and narrow["fingerprint"] != pruned["fingerprint"]
     capsys.readouterr()
     assert run_script(monkeypatch, "train.py", *arguments, "--lambdas", 0.1) == 2
     assert "brings its own" in capsys.readouterr().err
