@@ -111,15 +111,17 @@ def to_tensor(images):
 
 
 def random_crops(images, batch, crop, rng):
-    """batch random squares of crop pixels, half of them mirrored: (batch, 3, crop, crop) in [0, 1]."""
+    """batch random squares of crop pixels, half of them mirrored: (batch, 3, crop, crop) in [0, 1], channels_last.
+
+    images: list of (H, W, 3) uint8 tensors, all on the device where the crops are wanted.
+    """
     crops = []
     for index in rng.integers(len(images), size=batch):
-        image = images[index]
-        top = rng.integers(image.shape[0] - crop + 1)
-        left = rng.integers(image.shape[1] - crop + 1)
-        square = image[top : top + crop, left : left + crop]
-        crops.append(square[:, ::-1] if rng.random() < 0.5 else square)
-    return to_tensor(crops)
+        height, width, _ = images[index].shape
+        top, left = rng.integers(height - crop + 1), rng.integers(width - crop + 1)
+        square = images[index][top : top + crop, left : left + crop]
+        crops.append(square.flip(1) if rng.random() < 0.5 else square)
+    return torch.stack(crops).permute(0, 3, 1, 2).float() / 255
 
 
 def fixed_crops(images, count, crop):

@@ -31,10 +31,8 @@ class Optimizer:
         return kernel.permute(0, 2, 3, 1).view(len(kernel), -1)
 
     def step(self, lr):
-        """One step along the gradients, which are then cleared; returns their norm. Does nothing if it is not finite."""
+        """One step along the gradients, which are then cleared; returns their norm, a tensor: to look at it waits for a GPU."""
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.kernels + self.others])
-        if not torch.isfinite(norm):
-            return norm
         torch.nn.utils.clip_grad_norm_(self.others, CLIP_NORM)
         for kernel, matrix in zip(self.kernels, self.matrices):
             matrix.grad = self.matrix(kernel.grad.contiguous(memory_format=torch.channels_last))
@@ -42,7 +40,7 @@ class Optimizer:
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.step()
-        for parameter in self.kernels + self.others:
+        for parameter in self.kernels + self.others + self.matrices:
             parameter.grad = None
         return norm
 

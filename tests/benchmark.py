@@ -108,7 +108,7 @@ def convolutions():
 def training_step():
     model = Codec(preset_config("small")).to(memory_format=torch.channels_last)
     optimizer = Optimizer(model)
-    images = [dead_leaves(seed) for seed in range(4)]
+    images = [torch.from_numpy(dead_leaves(seed)) for seed in range(4)]
     rng = np.random.default_rng(0)
 
     def step():

@@ -157,7 +157,7 @@ def test_folders_are_searched_recursively_and_must_hold_images(tmp_path, photos)
 
 def test_crops_are_pieces_of_the_images_determined_by_the_generator():
     images = [dead_leaves(seed, 64) for seed in range(2)]
-    a, b = (random_crops(images, 4, 32, np.random.default_rng(5)) for _ in range(2))
+    a, b = (random_crops([torch.from_numpy(image) for image in images], 4, 32, np.random.default_rng(5)) for _ in range(2))
     assert torch.equal(a, b) and a.shape == (4, 3, 32, 32) and a.is_contiguous(memory_format=torch.channels_last)
     windows = np.lib.stride_tricks.sliding_window_view(np.stack(images), (32, 32), axis=(1, 2))  # (2, 33, 33, 3, 32, 32)
     for crop in a:

@@ -267,7 +267,7 @@ def test_training_stops_with_a_sentence_when_the_loss_is_not_finite(tmp_path, ph
     assert "smaller --lr" in error and not (tmp_path / "x.pt").exists()
 
 
-FLAGS = {"amp", "resume", "control", "held-out", "published", "json", "plot"}  # off unless given
+FLAGS = {"amp", "compile", "resume", "control", "held-out", "published", "json", "plot"}  # off unless given
 
 
 @pytest.mark.parametrize("script", ["train.py", "search.py", "prune.py", "quantize.py", "evaluate.py"])
