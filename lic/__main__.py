@@ -5,6 +5,7 @@
     python -m lic info photo.lic
     python -m lic compare photo.png beside.png      a crop beside JPEG and WebP of about as many bytes
     python -m lic export codec.npz                  weights and tables, for ports
+    python -m lic halve codec.pt half.pt            a float codec in half precision: half the bytes
 """
 
 import argparse
@@ -15,8 +16,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lic.bitstream import HEADER, MAX_PIXELS, ImageCoder, read_header
-from lic.checkpoint import load
+from lic.bitstream import HEADER, MAX_PIXELS, ImageCoder, build_tables, read_header
+from lic.checkpoint import load, save
 from lic.files import BadStream, LicError, check_writable, read_bytes, run, write_bytes
 from lic.images import read_image
 from lic.metrics import psnr
@@ -46,6 +47,9 @@ def parse_args():
     command.add_argument("--crop", type=int, default=256, help="side of the crop, pixels (default: 256)")
     command.add_argument("--at", type=int, nargs=2, metavar=("X", "Y"), help="its upper left corner (default: centred)")
     commands.add_parser("info", help="header of a lic file").add_argument("input")
+    command = commands.add_parser("halve", help="checkpoint of a float codec, its weights rounded to half precision")
+    for argument in ("input", "output"):
+        command.add_argument(argument)
     return parser.parse_args()
 
 
@@ -143,10 +147,20 @@ def export(args):
     print(f"{args.output}: {len(arrays)} arrays of {args.checkpoint}")
 
 
+def halve(args):
+    """The rounded weights are another codec, with tables and a fingerprint of its own."""
+    check_output(args.output, ".pt")
+    model, meta = load(args.input, stages=("train", "control", "prune"))
+    tables = build_tables(model.half().float())
+    save(args.output, model.half(), tables, meta["stage"], {"precision": "half"}, 0, parent=meta, metrics=meta["metrics"])
+    print(f"{args.output}: {Path(args.output).stat().st_size:,} bytes, {args.input} has {meta['bytes']:,}")
+
+
 def main():
     args = parse_args()
     try:
-        {"compress": compress, "decompress": decompress, "info": info, "compare": compare, "export": export}[args.command](args)
+        {"compress": compress, "decompress": decompress, "info": info, "compare": compare,
+         "export": export, "halve": halve}[args.command](args)  # fmt: skip
     except BadStream as error:
         raise BadStream(f"{args.input}: {error}") from error
 

@@ -6,8 +6,9 @@ Each image of a batch draws a rate level; the loss is the level-weighted mean of
 for the rate and straight-through rounding for what enters g_s (Minnen and Singh,
 arXiv:2007.08739). One optimizer, no auxiliary loss.
 
-An exact resume (on the CPU; a GPU's sums have no fixed order) needs no saved random state: each step draws from a generator seeded with
-(seed, step), and the learning rate is a function of the step and the number of steps.
+An exact resume needs no saved random state: each step draws from a generator seeded with (seed, step),
+and the learning rate is a function of the step and the number of steps. (Exact on the CPU: a GPU adds up
+in no fixed order.)
 """
 
 import signal

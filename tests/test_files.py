@@ -186,6 +186,20 @@ def test_a_checkpoint_alone_rebuilds_its_codec(checkpoint, model):
     assert all(np.array_equal(a, b) for a, b in zip(meta["tables"]["z"], build_tables(model)["z"]))
 
 
+def test_halve_halves_the_bytes_and_gives_a_codec_of_its_own(checkpoint, model, tmp_path):
+    half = tmp_path / "half.pt"
+    command = [sys.executable, "-m", "lic", "halve", str(checkpoint), str(half)]
+    assert b"bytes" in subprocess.run(command, check=True, capture_output=True).stdout
+    loaded, meta = load(half)
+    assert meta["bytes"] < 0.7 * checkpoint.stat().st_size  # the tables stay as they are
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor.half().float()), name
+    tables = build_tables(loaded)
+    assert all(np.array_equal(a, b) for kind in "yz" for a, b in zip(meta["tables"][kind], tables[kind]))
+    before = load(checkpoint)[1]
+    assert meta["lineage"][-1]["parent"] == before["fingerprint"] != meta["fingerprint"] and meta["stage"] == before["stage"]
+
+
 def test_what_is_no_checkpoint_is_refused(checkpoint, tmp_path):
     data = checkpoint.read_bytes()
     bad = tmp_path / "bad.pt"
