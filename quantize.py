@@ -4,7 +4,7 @@
     python quantize.py --checkpoint runs/pruned.pt --data photos/ --steps 2000 --amp
 
 The channels' ranges are balanced first (quantization.equalize). Weights: int8, one scale an output channel.
-Activations: 8 bits, calibrated on training crops.
+Activations: 8 bits, calibrated on training crops, but for the input of the last layer, where they cost most.
 --steps of training with simulated quantization then adapt the weights and the activations' scales; 0 skips them.
 """
 
@@ -15,7 +15,7 @@ from lic.checkpoint import load, save
 from lic.files import LicError, check_writable, run
 from lic.images import fixed_crops, load_images
 from lic.integer import freeze_h_s
-from lic.quantization import equalize, input_scales, quantize_layers
+from lic.quantization import INPUTS, equalize, input_scales, quantize_layers
 from lic.training import add_training_arguments, fit, mean_loss, positive
 
 
@@ -24,6 +24,9 @@ def parse_args():
     parser.add_argument("--checkpoint", default="runs/pruned.pt", help="float codec (default: runs/pruned.pt)")
     parser.add_argument("--calibration", type=positive, default=512,
                         help="crops of at most 128x128 that set the scales, each of another image (default: 512)")  # fmt: skip
+    parser.add_argument("--float-inputs", nargs="*", metavar="LAYER", default=["g_s.conv4"],
+                        choices=[name for name, input_range in INPUTS.items() if input_range and not name.startswith("h_s")],
+                        help="layers whose input stays float (default: g_s.conv4; without a name: none)")  # fmt: skip
     add_training_arguments(parser, steps=200, lr=1e-4, out="runs/quantized.pt")
     return parser.parse_args()
 
@@ -37,7 +40,7 @@ def main():
     held_out = fixed_crops(validation, 16, args.crop)
     metrics = {"held_out_J_float": mean_loss(model, held_out).tolist()}
     equalize(model, calibration)
-    quantize_layers(model, input_scales(model, calibration))
+    quantize_layers(model, input_scales(model, calibration), float_inputs=args.float_inputs)
     metrics["held_out_J_calibrated"] = mean_loss(model, held_out).tolist()
     if args.steps:
         fit(model, train, held_out, args, parent=[meta["fingerprint"], args.calibration])

@@ -21,7 +21,7 @@ from lic import coder, int8
 from lic.entropy import LOG_SCALE_MIN, LOG_SCALE_STEP, SCALE_LEVELS
 from lic.files import BadStream, LicError
 from lic.images import to_tensor
-from lic.integer import MAX_SYMBOL, IntegerHyperSynthesis
+from lic.integer import MAX_SYMBOL
 from lic.models import STRIDE
 
 MAGIC, VERSION = b"LIC\x89", 2
@@ -69,17 +69,17 @@ def _integers(tensor, what):
 class ImageCoder:
     """Compresses and decompresses with one model. checkpoint.load gives model, tables and fingerprint.
 
-    A quantized codec on the CPU uses int8 kernels where there are any (int8.py). amp: g_a, h_a and g_s in bf16
-    autocast. A file made so is as valid and is read by any decoder.
+    On the CPU the networks run in a faster form, a quantized codec's on int8 kernels where there are any (int8.py).
+    amp: g_a, h_a and g_s in bf16 autocast. A file made so is as valid and is read by any decoder.
     """
 
     def __init__(self, model, tables, fingerprint, amp=False):
         self.model = model.eval()
         self.amp = amp
-        h_s = IntegerHyperSynthesis(model.h_s) if model.quantization else copy.deepcopy(model.h_s).double()
-        self.h_s = h_s.cpu()
+        h_s = copy.deepcopy(model.h_s).cpu()
+        self.h_s = int8.Int8HyperSynthesis(h_s) if model.quantization else h_s.double()
         self.g_a, self.h_a, self.g_s = model.g_a, model.h_a, model.g_s
-        if model.quantization and model.log_gain.device.type == "cpu":
+        if model.log_gain.device.type == "cpu":
             self.g_a, self.h_a, self.g_s = (int8.convert(network) for network in (model.g_a, model.h_a, model.g_s))
         self.tables = tables
         self.fingerprint = bytes.fromhex(fingerprint)[:8]

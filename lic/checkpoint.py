@@ -77,6 +77,7 @@ def load(path, stages=None):
     try:
         state_dict, tables = checkpoint.pop("state_dict"), checkpoint.pop("tables")
         config, quantization = checkpoint["config"], checkpoint["quantization"]
+        float_inputs = quantization.get("float_inputs", []) if quantization else []
         intact = fingerprint(config, quantization, state_dict, tables) == checkpoint["fingerprint"]
     except UNREADABLE:
         intact = False
@@ -84,7 +85,7 @@ def load(path, stages=None):
         raise LicError(f"{path} is damaged: its contents do not match its fingerprint")
     model = Codec(config)
     if quantization:
-        quantize_layers(model)
+        quantize_layers(model, float_inputs=float_inputs)
         if quantization != model.quantization:
             raise LicError(f"{path} is quantized as {quantization}; this program knows {model.quantization}")
         state_dict = unpack(state_dict)

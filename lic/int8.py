@@ -1,8 +1,10 @@
-"""The convolutions of a quantized codec on int8 kernels: the same integers as the simulation in quantization.py, faster.
+"""Faster forms of the same networks, for coding on a CPU.
 
-torch has such a kernel on x86, outside its documented interface (it serves torch.compile). So it is looked for and tried
-(`available`), and where it is missing, or wrong, the simulation computes the codec. What it gives differs from the simulation in the
-last bits of a float32: it sums integers. h_s, which must be exact everywhere, is not computed here but in integer.py.
+8-bit convolutions run on int8 kernels, which compute the same integers as the simulation in quantization.py, and the
+last layer of g_s as an ordinary convolution. torch has such a kernel on x86, outside its documented interface (it
+serves torch.compile). So it is looked for and tried (`available`), and where it is missing, or wrong, the simulation
+computes the codec. In g_a, h_a and g_s the result differs from the simulation in the last bits of a float32; in h_s,
+which must be exact everywhere, in none.
 """
 
 import copy
@@ -12,21 +14,23 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lic.integer import IntegerHyperSynthesis
 from lic.quantization import QuantizedConvTranspose2d
 
 
 class Int8Convolution(nn.Module):
     """Inference with the int8 weights of a quantized layer; returns bf16 under autocast, else float32.
 
-    The kernel has no transposed form that doubles the size. A transposed convolution of stride 2 is an ordinary one that
-    makes four channels of each, one for each position in a 2x2 block of the output, which are then interleaved.
+    The kernel has no transposed form that doubles the size, so `subpixel` turns such a layer into an ordinary one.
+    integers: take the integers of the input and return those of the sums, float32, without a bias.
     """
 
-    def __init__(self, layer):
+    def __init__(self, layer, integers=False):
         super().__init__()
         low, high = layer.input_range
         self.zero_point, self.largest = -low, high - low  # the kernel takes 0 to 255
-        self.input_scale = layer.input_scale.item()
+        self.input_scale = 1.0 if integers else layer.input_scale.item()
+        self.integers = integers
         self.transposed = isinstance(layer, QuantizedConvTranspose2d)
         weight, repeats = layer.integer_weight(), 1
         self.stride, self.padding = layer.stride, layer.padding
@@ -35,6 +39,9 @@ class Int8Convolution(nn.Module):
             self.stride, self.padding = (1, 1), (1, 1)
         self.weight_scale = layer.weight_scale.detach().flatten().repeat_interleave(repeats)
         self.bias = layer.bias.detach().repeat_interleave(repeats)
+        if integers:
+            self.weight_scale, self.bias = torch.ones_like(self.weight_scale), torch.zeros_like(self.bias)
+        self.largest_sum = self.largest * weight.abs().flatten(1).sum(1).max().item()
         self.weight_zero = torch.zeros(len(weight), dtype=torch.int32)
         self.packed = torch.ops.onednn.qconv_prepack(
             weight.to(torch.int8).contiguous(), self.weight_scale, self.input_scale, self.zero_point,
@@ -43,7 +50,7 @@ class Int8Convolution(nn.Module):
     def forward(self, x):
         # in float32: bf16 has no room for both the integer and its fraction
         q = x.float().mul(1 / self.input_scale).round_().add_(self.zero_point).clamp_(0, self.largest).to(torch.uint8)
-        dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else torch.float32
+        dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") and not self.integers else torch.float32
         out = torch.ops.onednn.qconv2d_pointwise(
             q.contiguous(memory_format=torch.channels_last), self.input_scale, self.zero_point, self.packed,
             self.weight_scale, self.weight_zero, self.bias, self.stride, self.padding, (1, 1), 1,
@@ -51,9 +58,43 @@ class Int8Convolution(nn.Module):
         return F.pixel_shuffle(out, 2) if self.transposed else out
 
 
+class Int8HyperSynthesis(IntegerHyperSynthesis):
+    """h_s in exact integers, the sums of its two larger layers in int32. The kernel returns them in float32, which
+    holds every integer up to 2^24; a layer whose sums could be larger, and any layer without the kernel, stays in float64."""
+
+    def __init__(self, h_s):
+        super().__init__(h_s)
+        self.kernels = {}
+        if available():
+            for k, layer in ((2, h_s.conv2), (3, h_s.conv3)):
+                kernel = Int8Convolution(layer, integers=True)
+                if kernel.largest_sum <= 2**24:
+                    self.kernels[k] = kernel
+
+    def sums(self, k, q):
+        if k not in self.kernels:
+            return super().sums(k, q)
+        return self.kernels[k](q).double() + self.get_buffer(f"bias{k}")[:, None, None]
+
+
+class LastConvolution(nn.Module):
+    """A float transposed convolution as an ordinary one and `pixel_shuffle`. That takes 36 products for 25, and for an
+    output of 3 channels half the time in float32, a third in bf16."""
+
+    def __init__(self, layer):
+        super().__init__()
+        weight = layer.integer_weight().float() * layer.weight_scale if isinstance(layer, QuantizedConvTranspose2d) else layer.weight
+        self.register_buffer("weight", subpixel(weight.detach()).to(memory_format=torch.channels_last))
+        self.register_buffer("bias", layer.bias.detach().repeat_interleave(4))
+
+    def forward(self, x):
+        return F.pixel_shuffle(F.conv2d(x, self.weight, self.bias, padding=1), 2)
+
+
 def subpixel(weight):
     """(in, out, 5, 5) of a transposed convolution with stride 2, padding 2 and output padding 1 -> (4 out, in, 3, 3) of
-    the convolution with stride 1 and padding 1 whose output `pixel_shuffle` turns into the same image."""
+    the convolution with stride 1 and padding 1 whose output `pixel_shuffle` turns into the same image: it makes four
+    channels of each, one for each position in a 2x2 block of the output."""
     c_in, c_out = weight.shape[:2]
     # Output 2a + r takes input a + d - 1 through tap r + 4 - 2d, for d = 0, 1, 2; there is no tap 5.
     taps = F.pad(weight, (0, 1, 0, 1)).view(c_in, c_out, 3, 2, 3, 2).flip(2, 4)  # (in, out, d, r, d', r')
@@ -61,12 +102,14 @@ def subpixel(weight):
 
 
 def convert(network):
-    """A copy of g_a, h_a or g_s of a quantized codec on the CPU, its 8-bit convolutions on int8 kernels where `available`."""
+    """A copy of g_a, h_a or g_s on the CPU in its faster form: int8 kernels only where `available`."""
     network = copy.deepcopy(network)
-    if available():
-        for name, layer in list(network.named_children()):
-            if getattr(layer, "input_range", None):
+    for name, layer in list(network.named_children()):
+        if getattr(layer, "input_range", None):
+            if available():
                 setattr(network, name, Int8Convolution(layer))
+        elif isinstance(layer, nn.ConvTranspose2d) and layer.out_channels == 3:
+            setattr(network, name, LastConvolution(layer))
     return network
 
 

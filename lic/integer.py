@@ -62,12 +62,16 @@ class IntegerHyperSynthesis(nn.Module):
             self.register_buffer(f"bias{k}", layer.integer_bias.double())
             self.register_buffer(f"multiplier{k}", layer.multiplier[:, None, None].clone())
 
+    def sums(self, k, q):
+        """The integers a of layer k from those before it."""
+        weight, bias = self.get_buffer(f"weight{k}"), self.get_buffer(f"bias{k}")
+        if k == 3:
+            return F.conv2d(q, weight, bias, padding=1)
+        return F.conv_transpose2d(q, weight, bias, stride=2, padding=2, output_padding=1)
+
     def forward(self, z_hat):
         """z_hat (B, Z, h, w), integers in float64 -> mean and table index, both (B, M, 4h, 4w) float64."""
-        a = F.conv_transpose2d(z_hat, self.weight1, self.bias1, stride=2, padding=2, output_padding=1)
-        q = torch.round(F.leaky_relu(a, SLOPE) * self.multiplier1).clamp(*LEAKY)
-        a = F.conv_transpose2d(q, self.weight2, self.bias2, stride=2, padding=2, output_padding=1)
-        q = torch.round(F.leaky_relu(a, SLOPE) * self.multiplier2).clamp(*LEAKY)
-        a = F.conv2d(q, self.weight3, self.bias3, padding=1)
-        mean, index = torch.round(a * self.multiplier3).chunk(2, 1)
+        q = torch.round(F.leaky_relu(self.sums(1, z_hat), SLOPE) * self.multiplier1).clamp(*LEAKY)
+        q = torch.round(F.leaky_relu(self.sums(2, q), SLOPE) * self.multiplier2).clamp(*LEAKY)
+        mean, index = torch.round(self.sums(3, q) * self.multiplier3).chunk(2, 1)
         return mean * MEAN_UNIT, index.clamp(0, SCALE_LEVELS - 1)

@@ -6,8 +6,9 @@ Weights: int8 in [-127, 127], one scale an output channel (axis 0 of Conv2d, 1 o
 ConvTranspose2d). Activations: one scale a tensor, [-128, 127], or [-32, 223] after a leaky
 ReLU, whose negative side is an eighth of the other.
 Scales are chosen for the least squared error over a grid of clipping points; in g_a nothing is clipped, since a clipped
-activation there can spoil a picture and y is rounded anyway. Those of activations are trained with the weights
-(Esser et al., "Learned step size quantization", arXiv:1902.08153), those of weights stay. Round half to even.
+activation there can spoil a picture and y is rounded anyway. In training those of activations are trained, too
+(Esser et al., "Learned step size quantization", arXiv:1902.08153), and those of weights follow the largest weight of
+the row. Round half to even.
 On disk the weights are int8 tensors; in memory they are floats on the int8 grid, so that training
 with straight-through gradients and inference are the same code. Only h_s, which decides how a file is
 read, is also computed in integers: integer.py.
@@ -17,6 +18,7 @@ What stays float, and why:
     y, y_hat the inputs of h_a.conv1 and g_s.conv1: one 8-bit scale a tensor would be coarser than the codec's own
              quantization step, and drown the channels of y that hardly move
     gains    they are the quantization steps of y
+    pixels   the input of g_s.conv4, which makes them, unless `quantize.py --float-inputs` says otherwise
     prior_z  only its tables matter after training
     biases   one number a channel
 """
@@ -103,6 +105,9 @@ class _Quantized:
         return torch.round(self.weight.detach() / self.weight_scale).clamp(*WEIGHT).double()
 
     def operands(self, x):
+        if self.training:  # or a row that grows would be clipped
+            with torch.no_grad():
+                self.weight_scale.copy_(along(self.out_axis, largest_scale(rows(self), *WEIGHT)))
         if self.input_range:
             # its gradient sums over x; without this factor, LSQ's, it would drown the others when their norm is clipped
             scale = ScaleGradient.apply(self.input_scale, (x.numel() * self.input_range[1]) ** -0.5)
@@ -191,19 +196,20 @@ def input_scales(model, x, clipped=CLIPPED):
 
 
 @torch.no_grad()
-def quantize_layers(model, scales=None, names=INPUTS):
+def quantize_layers(model, scales=None, names=INPUTS, float_inputs=()):
     """Replace the convolutions called `names`, by default all, by their quantized form, in place.
 
-    scales: from `input_scales`; without it all scales are 1, to be loaded from a state_dict.
+    scales: from `input_scales`; without it all scales are 1, to be loaded from a state_dict. float_inputs: layers of
+    g_a, h_a and g_s of which only the weights are quantized.
     """
     for name in names:
-        input_range = INPUTS[name]
+        input_range = None if name in float_inputs else INPUTS[name]
         network, layer_name = name.split(".")
         layer = model.get_submodule(name)
         form = QuantizedConvTranspose2d if isinstance(layer, nn.ConvTranspose2d) else QuantizedConv2d
         quantized = form(layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding)
         quantized.output_padding = layer.output_padding
-        quantized.attach(layer, input_range)
+        quantized.attach(layer, input_range).train(layer.training)
         if scales:
             quantized.weight_scale.copy_(along(form.out_axis, least_error_scale(rows(layer), *WEIGHT)))
             if input_range:
@@ -212,6 +218,8 @@ def quantize_layers(model, scales=None, names=INPUTS):
             quantized.attach_integers()
         setattr(model.get_submodule(network), layer_name, quantized)
     model.quantization = {"weight_bits": 8, "activation_bits": 8, "h_s": "integer"}
+    if float_inputs:
+        model.quantization["float_inputs"] = list(float_inputs)
 
 
 def pack(state_dict):

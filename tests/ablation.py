@@ -1,6 +1,6 @@
 """What each part of quantization costs (minutes).
 
-    python tests/ablation.py --photos photos/                 rise of J on held-out crops, by part and by layer, untrained
+    python tests/ablation.py --photos photos/                 rise of J on held-out crops, by part and by layer
     python tests/ablation.py --photos photos/ --data kodak/   BD-rate over the float codec with real files, step by step
 
 --photos: the training folder, from which the scales are calibrated as quantize.py does it.
@@ -63,9 +63,21 @@ def round_weights(model, names=INPUTS):
     return model
 
 
-def show_layers(model, calibration, held_out):
-    """Print the rise of J that each part costs without training: its mean over images and levels, and the worst of them."""
+def with_float_inputs(trained, names):
+    """A copy of a quantized codec in which the inputs of the layers `names` are not rounded."""
+    codec = copy.deepcopy(trained)
+    for name in names:
+        codec.get_submodule(name).input_range = None
+    return codec
+
+
+def show_layers(model, trained, calibration, held_out):
+    """Print the rise of J that each part costs without training, and each input after it: mean over images and levels, and worst."""
     base = image_losses(model, held_out)
+
+    def change(codec):
+        rises = image_losses(codec, held_out) / base - 1
+        return f"{rises.mean():+8.2%} {rises.max():+8.2%}"
 
     def rise(start, scales=None, names=INPUTS):
         """scales: of the inputs; None: the weights alone."""
@@ -74,8 +86,7 @@ def show_layers(model, calibration, held_out):
             quantize_layers(codec, scales, names)
         else:
             round_weights(codec, names)
-        rises = image_losses(codec, held_out) / base - 1
-        return f"{rises.mean():+8.2%} {rises.max():+8.2%}"
+        return change(codec)
 
     equalized = copy.deepcopy(model)
     equalize(equalized, calibration)
@@ -103,13 +114,18 @@ def show_layers(model, calibration, held_out):
                  for scale in (least_error_scale(W, *WEIGHT), largest_scale(W, *WEIGHT))]  # fmt: skip
         inputs = f"{rise(equalized, least, [name])}  {rise(equalized, largest, [name])}" if name in EIGHT_BIT else " " * 36
         print(f"{name:10} {rise(equalized, None, [name])}  {inputs}  {error[0].mean():.3%}  {error[0].max():.3%}  {error[1].mean():.3%}")
+    print(f"\nquantized and trained     {change(trained)}")
+    eight_bit = [name for name in EIGHT_BIT if trained.get_submodule(name).input_range]
+    for name in eight_bit:
+        print(f"input of {name} float {change(with_float_inputs(trained, [name]))}")
+    print(f"all inputs float          {change(with_float_inputs(trained, eight_bit))}")
 
 
 def variants(model, trained, calibration):
     """(name, codec) of each measurement; model, trained: the float codec and what quantize.py made of it."""
 
-    def quantized(codec, scales, names=INPUTS):
-        quantize_layers(codec, scales, names)
+    def quantized(codec, scales, names=INPUTS, float_inputs=()):
+        quantize_layers(codec, scales, names, float_inputs)
         freeze_h_s(codec)
         return codec
 
@@ -120,15 +136,13 @@ def variants(model, trained, calibration):
     scales = input_scales(equalized, calibration)
     yield "8-bit weights, equalized", round_weights(copy.deepcopy(equalized))
     yield "h_s alone: 8 bits, in integers", quantized(copy.deepcopy(equalized), scales, [n for n in INPUTS if n.startswith("h_s")])
-    yield "all: 8 bits, calibrated", quantized(equalized, scales)
-    yield "all: 8 bits, calibrated and trained", trained
+    yield "8 bits in all, calibrated", quantized(copy.deepcopy(equalized), scales)
+    yield "8 bits as shipped, calibrated", quantized(equalized, scales, INPUTS, trained.quantization.get("float_inputs", ()))
+    yield "8 bits as shipped, trained", trained
     simulated = copy.deepcopy(trained)
     simulated.quantization = None  # the coder then runs the same h_s, 8 bits simulated, in float64
     yield "the same, h_s simulated in float64", simulated
-    weights = copy.deepcopy(simulated)
-    for name in INPUTS:
-        weights.get_submodule(name).input_range = None
-    yield "its weights, activations float", weights
+    yield "its weights, activations float", with_float_inputs(simulated, INPUTS)
 
 
 def show_bd_rates(model, trained, calibration, images):
@@ -159,7 +173,7 @@ def main():
         print(f"PSNR BD-rate over {vars(args)['float']}, {len(images)} images")
         show_bd_rates(model, load(args.quantized)[0], calibration, images)
     else:
-        show_layers(model, calibration, fixed_crops(validation, 64, args.crop))
+        show_layers(model, load(args.quantized)[0], calibration, fixed_crops(validation, 64, args.crop))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from lic.entropy import LOG_SCALE_MIN, LOG_SCALE_STEP  # noqa: E402
 from lic.files import keep_freed_memory  # noqa: E402
 from lic.gdn import GDN  # noqa: E402
 from lic.images import dead_leaves, random_crops  # noqa: E402
+from lic.integer import IntegerHyperSynthesis  # noqa: E402
 from lic.models import Codec, preset_config  # noqa: E402
 from lic.optimizer import Optimizer  # noqa: E402
 from lic.pruning import watch  # noqa: E402
@@ -67,7 +68,7 @@ def where_the_time_goes(image_coder, image, data, runs=5):
     for name in ("g_a", "h_a", "g_s"):
         network = getattr(image_coder, name)
         network.forward = timed(name, network.forward)
-    image_coder.h_s.forward = timed("h_s (float64)", image_coder.h_s.forward)
+    image_coder.h_s.forward = timed("h_s", image_coder.h_s.forward)
     coder.encode, coder.decode = timed("entropy coding", coder.encode), timed("entropy coding", coder.decode)
     for verb, function in (("compress", lambda: image_coder.compress(image, 2)), ("decompress", lambda: image_coder.decompress(data))):
         spent.clear()
@@ -90,7 +91,8 @@ def kept_memory():
 def convolutions():
     """The 8-bit layers of the shipped quantized codec on a 768x512 image, as simulated and on int8 kernels, input quantized within."""
     model, _ = load(SHIPPED)
-    inputs = watch(model, torch.rand(1, 3, 512, 768), [n for n, r in INPUTS.items() if r and n[:3] in ("g_a", "g_s")], lambda v: v)
+    x = torch.rand(1, 3, 512, 768)
+    inputs = watch(model, x, [n for n in INPUTS if n[:3] in ("g_a", "g_s") and model.get_submodule(n).input_range], lambda v: v)
     print("milliseconds of a layer, median of 20  " + "".join(f"{name:>12}" for name in inputs))
     kernels = int8.available()
     for name, amp in (("float32", False), ("bf16", True)):
@@ -103,6 +105,15 @@ def convolutions():
                 with torch.autocast("cpu", torch.bfloat16, enabled=amp):
                     row += f"{median_ms(lambda: layer(x), 20):12.1f}"
             print(row)
+    last = model.g_s.conv4
+    x = torch.rand(1, last.in_channels, 256, 384).to(memory_format=torch.channels_last)
+    for name, x in (("float32", x), ("bf16", x.bfloat16())):
+        with torch.autocast("cpu", torch.bfloat16, enabled=name == "bf16"):
+            times = [median_ms(lambda: layer(x), 20) for layer in (last, int8.LastConvolution(last))]
+        print(f"g_s.conv4, {name}: transposed {times[0]:.1f} ms, as an ordinary convolution {times[1]:.1f} ms")
+    z_hat = torch.randint(-5, 6, (1, model.config["widths"]["z"], 8, 12)).double().to(memory_format=torch.channels_last)
+    times = [median_ms(lambda: h_s(z_hat), 20) for h_s in (IntegerHyperSynthesis(model.h_s), int8.Int8HyperSynthesis(model.h_s))]
+    print(f"h_s in integers: float64 {times[0]:.1f} ms, int8 kernels where the inputs have 8 bits {times[1]:.1f} ms")
 
 
 def training_step():

@@ -57,15 +57,17 @@ def indices(h_s, z):
     return (h_s(z).chunk(2, 1)[1].cpu() - LOG_SCALE_MIN) / LOG_SCALE_STEP
 
 
-def layouts(h_s, z):
+def layouts(coder, z):
     """Other ways to compute h_s on the same latents z (B, Z, h, w): name -> positions."""
     plain = z.contiguous(memory_format=torch.channels_last)
+    integer = isinstance(coder.h_s, IntegerHyperSynthesis)
+    h_s = IntegerHyperSynthesis(coder.model.h_s) if integer else coder.h_s  # no int8 kernels here
     contiguous = copy.deepcopy(h_s).to(memory_format=torch.contiguous_format)
     positions = {
         "NCHW": torch.cat([indices(contiguous, one[None].contiguous()) for one in z]),
         f"batch of {len(z)}": indices(h_s, plain),
     }
-    if not isinstance(h_s, IntegerHyperSynthesis):
+    if not integer:
         single = copy.deepcopy(h_s).float()
         positions["float32 (for comparison; not used)"] = torch.cat([indices(single, one[None].float()) for one in plain])
     if torch.cuda.is_available():
@@ -117,7 +119,7 @@ def main():
         expected = torch.cat([indices(coder.h_s, one[None].contiguous(memory_format=torch.channels_last)) for one in z])
         inside = expected[(expected > 0) & (expected < 63)]  # beyond, the clamp decides
         nearest = min([nearest, *(inside - inside.floor() - 0.5).abs().tolist()])
-        for name, positions in layouts(coder.h_s, z).items():
+        for name, positions in layouts(coder, z).items():
             row = indexing.setdefault(name, [0, 0, 0.0])
             row[0] += positions.numel()
             row[1] += (positions.round().clamp(0, 63) != expected.round().clamp(0, 63)).sum().item()

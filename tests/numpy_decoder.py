@@ -59,9 +59,12 @@ class Decoder:
         about = json.loads(str(arrays["about"]))
         self.fingerprint = bytes.fromhex(about["fingerprint"])[:8]
         self.widths = about["config"]["widths"]
-        self.quantized = about["quantization"] is not None
-        if self.quantized and about["quantization"] != {"weight_bits": 8, "activation_bits": 8, "h_s": "integer"}:
-            raise ValueError(f"this decoder does not know {about['quantization']}")
+        quantization = about["quantization"]
+        self.quantized = quantization is not None
+        if self.quantized:
+            self.float_inputs = ["g_s.conv1", *quantization.pop("float_inputs", [])]
+            if quantization != {"weight_bits": 8, "activation_bits": 8, "h_s": "integer"}:
+                raise ValueError(f"this decoder does not know {quantization}")
 
     def layer(self, name, x):
         """One convolution in x's precision, with the 8-bit weight and input of a quantized codec made plain."""
@@ -69,7 +72,7 @@ class Decoder:
         bias = self.arrays[f"{name}.bias"].astype(x.dtype)
         if self.quantized:
             weight = weight * self.arrays[f"{name}.weight_scale"]
-            if name != "g_s.conv1":
+            if name not in self.float_inputs:
                 scale = self.arrays[f"{name}.input_scale"]
                 x = np.clip(np.rint(x / scale), -128, 127) * scale
         return conv(x, weight, bias, stride=1) if name == "h_s.conv3" else deconv(x, weight, bias)

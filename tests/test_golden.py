@@ -1,5 +1,6 @@
 """What files on disk decode to must never change: golden files, and a decoder without torch."""
 
+import argparse
 import io
 import re
 import struct
@@ -11,16 +12,18 @@ import numpy as np
 import pytest
 import torch
 from golden.make import FOLDER, Recorder
-from helpers import ROOT, run_script
+from helpers import ROOT, lively_codec, photo_like, run_script
 from numpy_decoder import Decoder, conv, deconv, gdn, leaky_relu
 from PIL import Image
 
 from lic import coder
-from lic.__main__ import classical
-from lic.bitstream import HEADER, ImageCoder, padded
-from lic.checkpoint import load
-from lic.images import read_image
+from lic.__main__ import classical, export
+from lic.bitstream import HEADER, ImageCoder, build_tables, padded
+from lic.checkpoint import load, save
+from lic.images import dead_leaves, read_image
+from lic.integer import freeze_h_s
 from lic.metrics import psnr
+from lic.quantization import input_scales, quantize_layers
 
 FILES = sorted(path.name for path in FOLDER.glob("*.lic"))
 
@@ -56,6 +59,20 @@ def test_numpy_decoder_gives_the_same_symbols_and_pixels(name, golden):
     z, y, pixels = decoder.decode((FOLDER / name).read_bytes())
     assert np.array_equal(z, golden[f"{name}.z"]) and np.array_equal(y, golden[f"{name}.y"])
     assert np.abs(pixels.astype(int) - golden[f"{name}.pixels"]).max() <= 1
+
+
+def test_numpy_decoder_rounds_no_float_input(tmp_path):
+    model = lively_codec()
+    quantize_layers(model, input_scales(model, photo_like()), float_inputs=["g_s.conv4"])
+    freeze_h_s(model)
+    image_coder = ImageCoder(model, tables := build_tables(model), save(tmp_path / "q.pt", model, tables, "quantize", {}, 0))
+    export(argparse.Namespace(checkpoint=tmp_path / "q.pt", output=str(tmp_path / "q.npz")))
+    data = image_coder.compress(dead_leaves(5, 64), 2)
+    decoder = Decoder(dict(np.load(tmp_path / "q.npz")))
+    difference = lambda: np.abs(decoder.decode(data)[2].astype(int) - image_coder.decompress(data)).max()  # noqa: E731
+    assert difference() <= 1
+    decoder.float_inputs = ["g_s.conv1"]
+    assert difference() > 1
 
 
 def test_numpy_decoder_runs_from_the_command_line_without_torch(tmp_path, golden):

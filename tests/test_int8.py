@@ -5,16 +5,17 @@ import copy
 import numpy as np
 import pytest
 import torch
-from helpers import lively_codec, photo_like
+from helpers import WIDTHS, lively_codec, photo_like
+from torch import nn
 from torch.nn import functional as F
 
 from lic import int8
 from lic.bitstream import ImageCoder, build_tables
 from lic.images import dead_leaves
-from lic.int8 import Int8Convolution, subpixel
-from lic.integer import freeze_h_s
+from lic.int8 import Int8Convolution, Int8HyperSynthesis, LastConvolution, subpixel
+from lic.integer import IntegerHyperSynthesis, freeze_h_s
 from lic.metrics import psnr
-from lic.quantization import INPUTS, input_scales, quantize_layers
+from lic.quantization import INPUTS, LEAKY, QuantizedConv2d, input_scales, quantize_layers
 
 OUTSIDE_H_S = [name for name, input_range in INPUTS.items() if input_range and not name.startswith("h_s")]
 needs_kernel = pytest.mark.skipif(not int8.available(), reason="this torch or this CPU has no exact int8 convolution")
@@ -35,6 +36,20 @@ def test_a_transposed_convolution_is_an_ordinary_one_and_a_shuffle():
     torch.testing.assert_close(F.pixel_shuffle(F.conv2d(x, subpixel(weight), padding=1), 2), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("float_inputs", [None, ["g_s.conv4"]], ids=["float codec", "8-bit weights"])
+def test_the_last_layer_in_float_is_an_ordinary_convolution(float_inputs):
+    model = lively_codec()
+    if float_inputs:
+        quantize_layers(model, input_scales(model, photo_like()), float_inputs=float_inputs)
+        freeze_h_s(model)
+    last = ImageCoder(model, build_tables(model), "0" * 16).g_s.conv4
+    assert isinstance(last, LastConvolution)
+    x = torch.randn(2, WIDTHS["g_s.3"], 6, 10, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model.g_s.conv4(x)
+        torch.testing.assert_close(last(x), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+
+
 @needs_kernel
 @pytest.mark.parametrize("name", OUTSIDE_H_S)
 def test_a_layer_gives_what_was_simulated(quantized, name):
@@ -49,6 +64,32 @@ def test_a_layer_gives_what_was_simulated(quantized, name):
     torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
     assert coarse.dtype == torch.bfloat16
     torch.testing.assert_close(coarse.float(), expected, rtol=2**-7, atol=0.02 * expected.abs().max().item())
+
+
+@needs_kernel
+@pytest.mark.parametrize("loud", [1, 1000], ids=["usual z", "activations at their bounds"])
+def test_h_s_on_the_kernels_gives_the_same_bits(quantized, loud):
+    z_hat = torch.randint(-20, 21, (2, WIDTHS["z"], 3, 4), generator=torch.Generator().manual_seed(3)).double() * loud
+    plain, fast = IntegerHyperSynthesis(quantized.h_s), Int8HyperSynthesis(quantized.h_s)
+    assert list(fast.kernels) == [2, 3]
+    for layer in (2, 3):  # what the layers see takes all their integers
+        q = torch.randint(-32, 224, (2, plain.get_buffer(f"weight{layer}").shape[layer == 3], 6, 8)).double()
+        assert torch.equal(fast.sums(layer, q), plain.sums(layer, q))
+    for expected, result in zip(plain(z_hat), fast(z_hat)):
+        assert torch.equal(result, expected) and expected.unique().numel() > 10
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(fast(z_hat)[0], plain(z_hat)[0])
+
+
+@needs_kernel
+def test_h_s_stays_in_float64_where_a_float32_would_round_its_sums(quantized):
+    h_s = copy.deepcopy(quantized.h_s)
+    h_s.conv3 = QuantizedConv2d(500, 2, 3, padding=1).attach(nn.Conv2d(500, 2, 3, padding=1), LEAKY)
+    h_s.conv3.attach_integers()
+    h_s.conv3.multiplier.fill_(1)
+    with torch.no_grad():
+        h_s.conv3.weight.fill_(127)  # 255 * 127 * 4,500 is 8.7 times 2^24
+    assert list(Int8HyperSynthesis(h_s).kernels) == [2]
 
 
 @needs_kernel
@@ -69,6 +110,7 @@ def test_files_are_decoded_alike_with_and_without_the_kernels(quantized, monkeyp
     assert sum(isinstance(m, Int8Convolution) for n in (fast.g_a, fast.h_a, fast.g_s) for m in n.modules()) == len(OUTSIDE_H_S)
     monkeypatch.setattr(int8, "available", lambda: False)
     plain = ImageCoder(quantized, tables, "0" * 16)
+    assert fast.h_s.kernels and not plain.h_s.kernels
     assert not any(isinstance(m, Int8Convolution) for n in (plain.g_a, plain.h_a, plain.g_s) for m in n.modules())
     for coder in (fast, plain):
         data = coder.compress(image, 2)

@@ -97,6 +97,29 @@ def test_inputs_that_claim_8_bits_take_at_most_256_values(quantized, name):
     assert layer.operands(v)[0].unique().numel() == 256
 
 
+def test_a_row_that_grows_in_training_is_not_clipped(quantized):
+    layer = copy.deepcopy(quantized.g_s.conv2).train()
+    with torch.no_grad():
+        layer.weight *= 3
+        scale, weight = layer.weight_scale.clone(), layer.operands(torch.zeros(1))[1]
+        assert ((weight - layer.weight).abs() <= 0.5001 * layer.weight_scale).all()
+        layer.eval().operands(torch.zeros(1))
+    assert (layer.weight_scale > 2 * scale).all()
+
+
+def test_a_float_input_is_not_rounded_and_the_checkpoint_knows_it(tmp_path):
+    model = lively_codec()
+    quantize_layers(model, input_scales(model, photo_like()), float_inputs=["g_s.conv4"])
+    freeze_h_s(model)
+    save(tmp_path / "q.pt", model, build_tables(model), "quantize", {}, 0)
+    again, _ = load(tmp_path / "q.pt")
+    v = torch.linspace(-3, 3, 5001)
+    for layer in (model.g_s.conv4, again.g_s.conv4):
+        assert torch.equal(layer.operands(v)[0], v)
+    assert again.g_s.conv3.operands(v)[0].unique().numel() <= 256
+    torch.testing.assert_close(again.g_s.conv4.operands(v)[1], model.g_s.conv4.operands(v)[1], rtol=1e-5, atol=0)
+
+
 def test_quantized_codec_is_close_to_the_float_one(quantized):
     x, level = photo_like(), torch.tensor([2.0])
     with torch.no_grad():
