@@ -23,6 +23,7 @@ from lic.files import keep_freed_memory  # noqa: E402
 from lic.gdn import GDN  # noqa: E402
 from lic.images import dead_leaves, random_crops  # noqa: E402
 from lic.integer import IntegerHyperSynthesis  # noqa: E402
+from lic.metrics import kmac_per_pixel  # noqa: E402
 from lic.models import Codec, preset_config  # noqa: E402
 from lic.optimizer import Optimizer  # noqa: E402
 from lic.pruning import watch  # noqa: E402
@@ -116,6 +117,21 @@ def convolutions():
     print(f"h_s in integers: float64 {times[0]:.1f} ms, int8 kernels where the inputs have 8 bits {times[1]:.1f} ms")
 
 
+def multiples_of_16(image):
+    """Are the pruned codec's widths, multiples of 8, slower than the multiples of 16 above them?"""
+    config = load(SHIPPED)[0].config
+    for step in (8, 16):
+        widths = {group: -(-width // step) * step for group, width in config["widths"].items()}
+        model = Codec(config | {"widths": widths}).to(memory_format=torch.channels_last)
+        kmac = kmac_per_pixel(model.config)
+        print(f"widths in multiples of {step}, {kmac['encoder']:.2f} and {kmac['decoder']:.2f} kMAC/pixel: ", end="")
+        for amp in (False, True):
+            image_coder = ImageCoder(model, build_tables(model), "0" * 16, amp)
+            data = image_coder.compress(image, 2)
+            print(f"{'bf16' if amp else 'float32'} {median_ms(lambda: image_coder.compress(image, 2), 15):.0f} and "
+                  f"{median_ms(lambda: image_coder.decompress(data), 15):.0f} ms", end="\n" if amp else ", ")  # fmt: skip
+
+
 def training_step():
     model = Codec(preset_config("small")).to(memory_format=torch.channels_last)
     optimizer = Optimizer(model)
@@ -147,6 +163,7 @@ def main():
     print(f"768x512, base widths, everything: compress {median_ms(lambda: image_coder.compress(image, 2), 5):.0f} ms, "
           f"decompress {median_ms(lambda: image_coder.decompress(data), 5):.0f} ms")  # fmt: skip
     where_the_time_goes(image_coder, image, data)
+    multiples_of_16(image)
     training_step()
     large = np.random.default_rng(0).integers(0, 256, (1600, 2560, 3), dtype=np.uint8)
     image_coder.decompress(image_coder.compress(large, 2))
