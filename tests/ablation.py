@@ -93,9 +93,9 @@ def show_layers(model, trained, calibration, held_out):
     chosen = input_scales(equalized, calibration)
     least, largest = (input_scales(equalized, calibration, clipped) for clipped in (EIGHT_BIT, []))
     print("rise of J: mean over images and levels, and worst")
-    print(f"weights alone, as trained                        {rise(model)}")
+    print(f"weights alone, not equalized                     {rise(model)}")
     print(f"weights alone, equalized                         {rise(equalized)}")
-    print(f"and activations: as trained                      {rise(model, input_scales(model, calibration))}")
+    print(f"and activations: not equalized                   {rise(model, input_scales(model, calibration))}")
     print(f"                 equalized                       {rise(equalized, chosen)}")
     print(f"                 least error everywhere          {rise(equalized, least)}")
     print(f"                 nothing clipped                 {rise(equalized, largest)}")
@@ -130,7 +130,7 @@ def variants(model, trained, calibration):
         return codec
 
     yield "float", model
-    yield "8-bit weights, as trained", round_weights(copy.deepcopy(model))
+    yield "8-bit weights, not equalized", round_weights(copy.deepcopy(model))
     equalized = copy.deepcopy(model)
     equalize(equalized, calibration)
     scales = input_scales(equalized, calibration)
