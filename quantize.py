@@ -15,7 +15,7 @@ from lic.checkpoint import load, save
 from lic.files import LicError, check_writable, run
 from lic.images import fixed_crops, load_images
 from lic.integer import freeze_h_s
-from lic.quantization import INPUTS, equalize, input_scales, quantize_layers
+from lic.quantization import MAY_BE_FLOAT, equalize, input_scales, quantize_layers
 from lic.training import add_training_arguments, fit, mean_loss, positive
 
 
@@ -24,8 +24,7 @@ def parse_args():
     parser.add_argument("--checkpoint", default="runs/pruned.pt", help="float codec (default: runs/pruned.pt)")
     parser.add_argument("--calibration", type=positive, default=512,
                         help="crops of at most 128x128 that set the scales, each of another image (default: 512)")  # fmt: skip
-    parser.add_argument("--float-inputs", nargs="*", metavar="LAYER", default=["g_s.conv4"],
-                        choices=[name for name, input_range in INPUTS.items() if input_range and not name.startswith("h_s")],
+    parser.add_argument("--float-inputs", nargs="*", metavar="LAYER", default=["g_s.conv4"], choices=MAY_BE_FLOAT,
                         help="layers whose input stays float (default: g_s.conv4; without a name: none)")  # fmt: skip
     add_training_arguments(parser, steps=200, lr=1e-4, out="runs/quantized.pt")
     return parser.parse_args()

@@ -69,7 +69,7 @@ def _integers(tensor, what):
 class ImageCoder:
     """Compresses and decompresses with one model. checkpoint.load gives model, tables and fingerprint.
 
-    On the CPU copies of the networks run in a faster form, a quantized codec's on int8 kernels where there are any (int8.py).
+    On the CPU the networks run in a faster form, a quantized codec's on int8 kernels where there are any (int8.py).
     amp: g_a, h_a and g_s in bf16 autocast. A file made so is as valid and is read by any decoder.
     """
 

@@ -77,7 +77,7 @@ def load(path, stages=None):
     try:
         state_dict, tables = checkpoint.pop("state_dict"), checkpoint.pop("tables")
         config, quantization = checkpoint["config"], checkpoint["quantization"]
-        float_inputs = quantization.get("float_inputs", []) if quantization else []
+        float_inputs = list(quantization.get("float_inputs", [])) if quantization else []
         intact = fingerprint(config, quantization, state_dict, tables) == checkpoint["fingerprint"]
     except UNREADABLE:
         intact = False

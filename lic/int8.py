@@ -7,8 +7,8 @@ computes the codec. In g_a, h_a and g_s the result differs from the simulation i
 which must be exact everywhere, in none.
 """
 
-import copy
 import functools
+from collections import OrderedDict
 
 import torch
 from torch import nn
@@ -59,8 +59,9 @@ class Int8Convolution(nn.Module):
 
 
 class Int8HyperSynthesis(IntegerHyperSynthesis):
-    """h_s in exact integers, the sums of its two larger layers in int32. The kernel returns them in float32, which
-    holds every integer up to 2^24; a layer whose sums could be larger, and any layer without the kernel, stays in float64."""
+    """h_s in exact integers, the sums of its two larger layers in int32: z_hat (B, Z, h, w) -> mean and table index, both
+    (B, M, 4h, 4w) float64, the same bits as IntegerHyperSynthesis. The kernel returns the sums in float32, which holds every
+    integer up to 2^24; a layer whose sums could be larger, and any layer without the kernel, stays in float64."""
 
     def __init__(self, h_s):
         super().__init__(h_s)
@@ -78,12 +79,12 @@ class Int8HyperSynthesis(IntegerHyperSynthesis):
 
 
 class LastConvolution(nn.Module):
-    """A float transposed convolution as an ordinary one and `pixel_shuffle`. That takes 36 products for 25, and for an
-    output of 3 channels half the time in float32, a third in bf16."""
+    """A float transposed convolution, (B, C, h, w) -> (B, 3, 2h, 2w), as an ordinary one and `pixel_shuffle`. That takes
+    36 products for 25, and, with so few output channels, half the time (tests/benchmark.py)."""
 
     def __init__(self, layer):
         super().__init__()
-        weight = layer.integer_weight().float() * layer.weight_scale if isinstance(layer, QuantizedConvTranspose2d) else layer.weight
+        weight = layer.rounded_weight() if isinstance(layer, QuantizedConvTranspose2d) else layer.weight
         self.register_buffer("weight", subpixel(weight.detach()).to(memory_format=torch.channels_last))
         self.register_buffer("bias", layer.bias.detach().repeat_interleave(4))
 
@@ -102,15 +103,14 @@ def subpixel(weight):
 
 
 def convert(network):
-    """A copy of g_a, h_a or g_s on the CPU in its faster form: int8 kernels only where `available`."""
-    network = copy.deepcopy(network)
-    for name, layer in list(network.named_children()):
+    """g_a, h_a or g_s on the CPU in its faster form; layers that have none are shared with `network`, which stays as it is."""
+
+    def faster(layer):
         if getattr(layer, "input_range", None):
-            if available():
-                setattr(network, name, Int8Convolution(layer))
-        elif isinstance(layer, nn.ConvTranspose2d) and layer.out_channels == 3:
-            setattr(network, name, LastConvolution(layer))
-    return network
+            return Int8Convolution(layer) if available() else layer
+        return LastConvolution(layer) if isinstance(layer, nn.ConvTranspose2d) and layer.out_channels == 3 else layer
+
+    return nn.Sequential(OrderedDict((name, faster(layer)) for name, layer in network.named_children()))
 
 
 @functools.cache

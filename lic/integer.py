@@ -63,7 +63,8 @@ class IntegerHyperSynthesis(nn.Module):
             self.register_buffer(f"multiplier{k}", layer.multiplier[:, None, None].clone())
 
     def sums(self, k, q):
-        """The integers a of layer k from those before it."""
+        """The integers a of layer k, 1 to 3, from the q before it, all float64: (B, C, h, w) -> (B, C', 2h, 2w), for k = 3
+        (B, 2M, h, w)."""
         weight, bias = self.get_buffer(f"weight{k}"), self.get_buffer(f"bias{k}")
         if k == 3:
             return F.conv2d(q, weight, bias, padding=1)

@@ -28,6 +28,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lic.entropy import round_ste
+from lic.files import LicError
 from lic.gdn import IGDN, PEDESTAL
 from lic.pruning import GROUPS, channel_axes, rows, watch
 
@@ -43,6 +44,7 @@ INPUTS = {  # layer: integer range of its input; None where no quantizer is need
     "g_s.conv2": SIGNED, "g_s.conv3": SIGNED, "g_s.conv4": SIGNED,
 }  # fmt: skip
 
+MAY_BE_FLOAT = [name for name, input_range in INPUTS.items() if input_range and not name.startswith("h_s")]  # h_s is integers
 CLIPPED = [name for name, input_range in INPUTS.items() if input_range and not name.startswith("g_a")]  # rare values may be
 
 
@@ -104,15 +106,17 @@ class _Quantized:
         """The int8 values of the weight, as float64."""
         return torch.round(self.weight.detach() / self.weight_scale).clamp(*WEIGHT).double()
 
+    def rounded_weight(self):
+        return fake_quantize(self.weight, self.weight_scale, *WEIGHT)
+
     def operands(self, x):
         if self.training:  # or a row that grows would be clipped
-            with torch.no_grad():
-                self.weight_scale.copy_(along(self.out_axis, largest_scale(rows(self), *WEIGHT)))
+            self.weight_scale.copy_(along(self.out_axis, largest_scale(rows(self), *WEIGHT)))
         if self.input_range:
             # its gradient sums over x; without this factor, LSQ's, it would drown the others when their norm is clipped
             scale = ScaleGradient.apply(self.input_scale, (x.numel() * self.input_range[1]) ** -0.5)
             x = fake_quantize(x, scale, *self.input_range)
-        return x, fake_quantize(self.weight, self.weight_scale, *WEIGHT)
+        return x, self.rounded_weight()
 
 
 class QuantizedConv2d(_Quantized, nn.Conv2d):
@@ -200,8 +204,10 @@ def quantize_layers(model, scales=None, names=INPUTS, float_inputs=()):
     """Replace the convolutions called `names`, by default all, by their quantized form, in place.
 
     scales: from `input_scales`; without it all scales are 1, to be loaded from a state_dict. float_inputs: layers of
-    g_a, h_a and g_s of which only the weights are quantized.
+    which only the weights are quantized. Raises LicError if one of them is not in MAY_BE_FLOAT.
     """
+    if not all(name in MAY_BE_FLOAT for name in float_inputs):
+        raise LicError(f"of the inputs {', '.join(map(str, float_inputs))} one is not 8 bits anyway, or belongs to h_s, which is integers")
     for name in names:
         input_range = None if name in float_inputs else INPUTS[name]
         network, layer_name = name.split(".")

@@ -182,9 +182,9 @@ def test_headers_that_lie_are_refused(image_coder, offset, field, value, sentenc
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e12])
 def test_latents_that_are_not_usable_integers_are_refused(value):
     model = lively_codec()
+    image_coder = ImageCoder(model, build_tables(model), "0" * 16)
     with torch.no_grad():
         model.g_a.conv4.bias[3] = value
-    image_coder = ImageCoder(model, build_tables(model), "0" * 16)  # which copies the networks
     with pytest.raises(LicError, match="not finite or beyond"):
         image_coder.compress(photo(), 0)
 

@@ -15,9 +15,8 @@ from lic.images import dead_leaves
 from lic.int8 import Int8Convolution, Int8HyperSynthesis, LastConvolution, subpixel
 from lic.integer import IntegerHyperSynthesis, freeze_h_s
 from lic.metrics import psnr
-from lic.quantization import INPUTS, LEAKY, QuantizedConv2d, input_scales, quantize_layers
+from lic.quantization import LEAKY, MAY_BE_FLOAT, QuantizedConv2d, input_scales, quantize_layers
 
-OUTSIDE_H_S = [name for name, input_range in INPUTS.items() if input_range and not name.startswith("h_s")]
 needs_kernel = pytest.mark.skipif(not int8.available(), reason="this torch or this CPU has no exact int8 convolution")
 
 
@@ -51,7 +50,7 @@ def test_the_last_layer_in_float_is_an_ordinary_convolution(float_inputs):
 
 
 @needs_kernel
-@pytest.mark.parametrize("name", OUTSIDE_H_S)
+@pytest.mark.parametrize("name", MAY_BE_FLOAT)
 def test_a_layer_gives_what_was_simulated(quantized, name):
     layer = quantized.get_submodule(name)
     low, high = layer.input_range
@@ -107,7 +106,7 @@ def test_an_input_in_bf16_is_rounded_once(quantized, monkeypatch):
 def test_files_are_decoded_alike_with_and_without_the_kernels(quantized, monkeypatch):
     image, tables = dead_leaves(5, 128), build_tables(quantized)
     fast = ImageCoder(quantized, tables, "0" * 16)
-    assert sum(isinstance(m, Int8Convolution) for n in (fast.g_a, fast.h_a, fast.g_s) for m in n.modules()) == len(OUTSIDE_H_S)
+    assert sum(isinstance(m, Int8Convolution) for n in (fast.g_a, fast.h_a, fast.g_s) for m in n.modules()) == len(MAY_BE_FLOAT)
     monkeypatch.setattr(int8, "available", lambda: False)
     plain = ImageCoder(quantized, tables, "0" * 16)
     assert fast.h_s.kernels and not plain.h_s.kernels

@@ -120,6 +120,16 @@ def test_a_float_input_is_not_rounded_and_the_checkpoint_knows_it(tmp_path):
     torch.testing.assert_close(again.g_s.conv4.operands(v)[1], model.g_s.conv4.operands(v)[1], rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("float_inputs", [["h_s.conv2"], ["g_s.conv1"], ["g_s.conv9"], 5, {"g_s.conv4": 1}])
+def test_a_checkpoint_with_other_float_inputs_is_refused(quantized, tmp_path, float_inputs):
+    """The integers of h_s have no float form, and whoever wrote anything else meant something that is not known here."""
+    model = copy.deepcopy(quantized)
+    model.quantization = model.quantization | {"float_inputs": float_inputs}
+    save(tmp_path / "q.pt", model, build_tables(model), "quantize", {}, 0)
+    with pytest.raises(LicError):
+        load(tmp_path / "q.pt")
+
+
 def test_quantized_codec_is_close_to_the_float_one(quantized):
     x, level = photo_like(), torch.tensor([2.0])
     with torch.no_grad():

@@ -78,13 +78,16 @@ def test_lineage_tells_the_whole_story(pipeline):
     assert "J" in json.loads((pipeline / "plan.json").read_text())
 
 
-def test_scales_of_activations_are_trained(pipeline, photos, monkeypatch):
+def test_scales_are_trained(pipeline, photos, monkeypatch):
     arguments = ["--checkpoint", pipeline / "pruned.pt", "--data", photos, *TRAIN, "--steps", 0, "--out", pipeline / "calibrated.pt"]
     assert run_script(monkeypatch, "quantize.py", *arguments) == 0
     calibrated, tuned = (load(pipeline / name)[0] for name in ("calibrated.pt", "quantized.pt"))
-    for name, input_range in INPUTS.items():
+    changed = 0
+    for name in INPUTS:
         before, after = calibrated.get_submodule(name), tuned.get_submodule(name)
-        assert torch.equal(before.input_scale, after.input_scale) == (input_range is None or name == "g_s.conv4"), name
+        assert torch.equal(before.input_scale, after.input_scale) == (after.input_range is None), name
+        changed += not torch.equal(before.weight_scale, after.weight_scale)
+    assert changed > len(INPUTS) // 2  # not all: with the rate so small at the end, a row may round to what it was
 
 
 def test_plan_and_pruned_checkpoint_have_the_same_widths(pipeline):
