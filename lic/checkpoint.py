@@ -40,16 +40,16 @@ def fingerprint(config, quantization, state_dict, tables):
 def save(path, model, tables, stage, arguments, steps, parent=None, metrics=None):
     """Write the checkpoint and return its fingerprint.
 
-    tables: from bitstream.build_tables. arguments: a plain dict, recorded in the lineage.
+    tables: from bitstream.build_tables. arguments: a plain dict, recorded in the lineage;
+    of "data", a folder, only the name, and None stands for the synthetic images.
     parent: the meta of the checkpoint that this one was made from. metrics: plain numbers.
     """
     state_dict = {name: t.detach().cpu().contiguous().clone() for name, t in model.state_dict().items()}
     if model.quantization:
         state_dict = pack(state_dict)
     tables = {kind: {f: torch.from_numpy(v) for f, v in table._asdict().items()} for kind, table in tables.items()}
-    data = arguments.get("data")
     entry = {"stage": stage, "arguments": {k: v for k, v in arguments.items() if k != "data"}, "steps": steps,
-             "data": Path(data).name if data else "dead leaves",
+             "data": Path(arguments["data"] or "dead leaves").name if "data" in arguments else None,
              "parent": parent["fingerprint"] if parent else None}  # fmt: skip
     checkpoint = {
         "format": FORMAT, "version": VERSION, "stage": stage, "config": model.config, "state_dict": state_dict,

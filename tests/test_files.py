@@ -198,6 +198,7 @@ def test_halve_halves_the_bytes_and_gives_a_codec_of_its_own(checkpoint, model, 
     assert all(np.array_equal(a, b) for kind in "yz" for a, b in zip(meta["tables"][kind], tables[kind]))
     before = load(checkpoint)[1]
     assert meta["lineage"][-1]["parent"] == before["fingerprint"] != meta["fingerprint"] and meta["stage"] == before["stage"]
+    assert meta["lineage"][-1]["data"] is None  # no images had a part in it
 
 
 def test_what_is_no_checkpoint_is_refused(checkpoint, tmp_path):
