@@ -3,9 +3,10 @@
     python quantize.py                                      after python prune.py
     python quantize.py --checkpoint runs/pruned.pt --data photos/ --steps 2000 --amp
 
-The channels' ranges are balanced first (quantization.equalize). Weights: int8, one scale an output channel.
-Activations: 8 bits, calibrated on training crops, but for the input of the last layer, where they cost most.
---steps of training with simulated quantization then adapt the weights and the activations' scales; 0 skips them.
+The channels' ranges are balanced first (quantization.equalize). Activations: 8 bits, calibrated on training crops, but
+for the input of the last layer, where they cost most. --steps of training with rounded activations then adapt the
+weights, still float, and the activations' scales; 0 skips them. Weights: int8, one scale an output channel, rounded last,
+so that the errors cancel in each layer's output (rounding.py).
 """
 
 import argparse
@@ -16,6 +17,7 @@ from lic.files import LicError, check_writable, run
 from lic.images import fixed_crops, load_images
 from lic.integer import freeze_h_s
 from lic.quantization import MAY_BE_FLOAT, equalize, input_scales, quantize_layers
+from lic.rounding import patch_moments, round_weights
 from lic.training import add_training_arguments, fit, mean_loss, positive
 
 
@@ -23,7 +25,7 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default="runs/pruned.pt", help="float codec (default: runs/pruned.pt)")
     parser.add_argument("--calibration", type=positive, default=512,
-                        help="crops of at most 128x128 that set the scales, each of another image (default: 512)")  # fmt: skip
+                        help="crops of at most 128x128 that set scales and rounding, each of another image (default: 512)")  # fmt: skip
     parser.add_argument("--float-inputs", nargs="*", metavar="LAYER", default=["g_s.conv4"], choices=MAY_BE_FLOAT,
                         help="layers whose input stays float (default: g_s.conv4; without a name: none)")  # fmt: skip
     add_training_arguments(parser, steps=200, lr=1e-4, out="runs/quantized.pt")
@@ -40,16 +42,19 @@ def main():
     metrics = {"held_out_J_float": mean_loss(model, held_out).tolist()}
     equalize(model, calibration)
     quantize_layers(model, input_scales(model, calibration), float_inputs=args.float_inputs)
-    metrics["held_out_J_calibrated"] = mean_loss(model, held_out).tolist()
+    metrics["held_out_J_inputs"] = mean_loss(model, held_out).tolist()
     if args.steps:
         fit(model, train, held_out, args, parent=[meta["fingerprint"], args.calibration])
         metrics["held_out_J_tuned"] = mean_loss(model, held_out).tolist()
         if any(p <= 0 for name, p in model.named_parameters() if name.endswith("input_scale")):
             raise LicError("training drove the scale of an activation to zero; quantize again with a smaller --lr")
 
-    for name, J in metrics.items():
-        print(f"{name:22}", *(f"{v:.4f}" for v in J))
+    round_weights(model, patch_moments(model, calibration))
+    metrics["held_out_J"] = mean_loss(model, held_out).tolist()
     freeze_h_s(model)
+
+    for name, J in metrics.items():
+        print(f"{name:18}", *(f"{v:.4f}" for v in J))
     save(args.out, model, build_tables(model), "quantize", vars(args), args.steps, parent=meta, metrics=metrics)
     print(f"wrote {args.out}")
 

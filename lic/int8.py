@@ -84,8 +84,7 @@ class LastConvolution(nn.Module):
 
     def __init__(self, layer):
         super().__init__()
-        weight = layer.rounded_weight() if isinstance(layer, QuantizedConvTranspose2d) else layer.weight
-        self.register_buffer("weight", subpixel(weight.detach()).to(memory_format=torch.channels_last))
+        self.register_buffer("weight", subpixel(layer.weight.detach()).to(memory_format=torch.channels_last))
         self.register_buffer("bias", layer.bias.detach().repeat_interleave(4))
 
     def forward(self, x):
@@ -117,7 +116,7 @@ def convert(network):
 def available():
     """Does this torch have the kernel, and are its sums right where they are largest? Without VNNI instructions they saturate."""
     layer = QuantizedConvTranspose2d(64, 8, 5, stride=2, padding=2, output_padding=1)
-    layer.attach(layer, (-128, 127))
+    layer.attach(layer, (-128, 127)).weight_scale.fill_(1)
     x = torch.full((1, 64, 8, 8), 127.0)
     x[:, ::3] = -128
     with torch.no_grad():

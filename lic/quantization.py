@@ -3,15 +3,14 @@
     q = clamp(round(v / s), low, high)        v_hat = s q
 
 Weights: int8 in [-127, 127], one scale an output channel (axis 0 of Conv2d, 1 of
-ConvTranspose2d). Activations: one scale a tensor, [-128, 127], or [-32, 223] after a leaky
-ReLU, whose negative side is an eighth of the other.
-Scales are chosen for the least squared error over a grid of clipping points; in g_a nothing is clipped, since a clipped
-activation there can spoil a picture and y is rounded anyway. In training those of activations are trained, too
-(Esser et al., "Learned step size quantization", arXiv:1902.08153), and those of weights follow the largest weight of
-the row. Round half to even.
-On disk the weights are int8 tensors; in memory they are floats on the int8 grid, so that training
-with straight-through gradients and inference are the same code. Only h_s, which decides how a file is
-read, is also computed in integers: integer.py.
+ConvTranspose2d), that of the largest weight. Activations: one scale a tensor, [-128, 127], or
+[-32, 223] after a leaky ReLU, whose negative side is an eighth of the other.
+The scales of activations are chosen for the least squared error over a grid of clipping points; in g_a nothing is
+clipped, since a clipped activation there can spoil a picture and y is rounded anyway. Then they are trained with the rest
+(Esser et al., "Learned step size quantization", arXiv:1902.08153). Round half to even.
+Weights are floats until the training is over; rounding.py then puts them on their grids. On disk they are int8 tensors, in
+memory floats on the int8 grid, so that all that runs in floating point, training too, is the same code. Only h_s, which
+decides how a file is read, is also computed in integers: integer.py.
 
 What stays float, and why:
     GDN      its sums of squares span too many octaves for 8 bits; a few % of the parameters
@@ -30,7 +29,7 @@ from torch.nn import functional as F
 from lic.entropy import round_ste
 from lic.files import LicError
 from lic.gdn import IGDN, PEDESTAL
-from lic.pruning import GROUPS, channel_axes, rows, watch
+from lic.pruning import GROUPS, channel_axes, watch
 
 SIGNED, LEAKY, WEIGHT = (-128, 127), (-32, 223), (-127, 127)
 INPUTS = {  # layer: integer range of its input; None where no quantizer is needed
@@ -90,7 +89,7 @@ class _Quantized:
         self.weight, self.bias, self.input_range = layer.weight, layer.bias, input_range
         channels = layer.weight.shape[self.out_axis]
         shape = [channels if axis == self.out_axis else 1 for axis in range(4)]
-        self.register_buffer("weight_scale", torch.ones(shape))
+        self.register_buffer("weight_scale", torch.zeros(shape))  # 0: the weights are not rounded yet
         if input_range:
             self.input_scale = nn.Parameter(torch.ones(()))
         else:
@@ -103,36 +102,31 @@ class _Quantized:
         self.register_buffer("multiplier", torch.zeros(self.out_channels, dtype=torch.float64))
 
     def integer_weight(self):
-        """The int8 values of the weight, as float64."""
+        """The int8 values of the weight, as float64. Raises LicError before they are rounded."""
+        check_rounded(self.weight_scale)
         return torch.round(self.weight.detach() / self.weight_scale).clamp(*WEIGHT).double()
 
-    def rounded_weight(self):
-        return fake_quantize(self.weight, self.weight_scale, *WEIGHT)
-
-    def operands(self, x):
-        if self.training:  # or a row that grows would be clipped
-            self.weight_scale.copy_(along(self.out_axis, largest_scale(rows(self), *WEIGHT)))
-        if self.input_range:
-            # its gradient sums over x; without this factor, LSQ's, it would drown the others when their norm is clipped
-            scale = ScaleGradient.apply(self.input_scale, (x.numel() * self.input_range[1]) ** -0.5)
-            x = fake_quantize(x, scale, *self.input_range)
-        return x, self.rounded_weight()
+    def quantized_input(self, x):
+        if not self.input_range:
+            return x
+        # its gradient sums over x; without this factor, LSQ's, it would drown the others when their norm is clipped
+        scale = ScaleGradient.apply(self.input_scale, (x.numel() * self.input_range[1]) ** -0.5)
+        return fake_quantize(x, scale, *self.input_range)
 
 
 class QuantizedConv2d(_Quantized, nn.Conv2d):
     out_axis = 0
 
     def forward(self, x):
-        x, weight = self.operands(x)
-        return F.conv2d(x, weight, self.bias, self.stride, self.padding)
+        return F.conv2d(self.quantized_input(x), self.weight, self.bias, self.stride, self.padding)
 
 
 class QuantizedConvTranspose2d(_Quantized, nn.ConvTranspose2d):
     out_axis = 1
 
     def forward(self, x):
-        x, weight = self.operands(x)
-        return F.conv_transpose2d(x, weight, self.bias, self.stride, self.padding, self.output_padding)
+        x = self.quantized_input(x)
+        return F.conv_transpose2d(x, self.weight, self.bias, self.stride, self.padding, self.output_padding)
 
 
 @torch.no_grad()
@@ -216,10 +210,8 @@ def quantize_layers(model, scales=None, names=INPUTS, float_inputs=()):
         quantized = form(layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding)
         quantized.output_padding = layer.output_padding
         quantized.attach(layer, input_range).train(layer.training)
-        if scales:
-            quantized.weight_scale.copy_(along(form.out_axis, least_error_scale(rows(layer), *WEIGHT)))
-            if input_range:
-                quantized.input_scale.copy_(scales[name])
+        if scales and input_range:
+            quantized.input_scale.copy_(scales[name])
         if network == "h_s":
             quantized.attach_integers()
         setattr(model.get_submodule(network), layer_name, quantized)
@@ -228,10 +220,16 @@ def quantize_layers(model, scales=None, names=INPUTS, float_inputs=()):
         model.quantization["float_inputs"] = list(float_inputs)
 
 
+def check_rounded(weight_scale):
+    if not (weight_scale > 0).all():
+        raise LicError("the weights are not on their 8-bit grids yet: call rounding.round_weights after the last training step")
+
+
 def pack(state_dict):
-    """State with int8 weights, for the disk."""
+    """State with int8 weights, for the disk. Raises LicError before they are rounded."""
     packed = dict(state_dict)
     for name in [n for n in state_dict if n.endswith(".weight_scale")]:
+        check_rounded(state_dict[name])
         weight = name.removesuffix("_scale")
         q = torch.round(state_dict[weight] / state_dict[name]).clamp(*WEIGHT)
         packed[weight] = q.to(torch.int8).contiguous()

@@ -8,6 +8,7 @@
 
 import argparse
 import copy
+import math
 import sys
 import tempfile
 from pathlib import Path
@@ -32,9 +33,9 @@ from lic.quantization import (  # noqa: E402
     fake_quantize,
     input_scales,
     largest_scale,
-    least_error_scale,
     quantize_layers,
 )
+from lic.rounding import patch_moments, round_weights  # noqa: E402
 from lic.training import image_losses  # noqa: E402
 
 EIGHT_BIT = [name for name, input_range in INPUTS.items() if input_range]
@@ -54,21 +55,30 @@ def percentile_scales(model, x, share):
 
 
 @torch.no_grad()
-def round_weights(model, names=INPUTS):
-    """Weights on the 8-bit grid, activations float, in place."""
+def to_nearest(model, names=INPUTS):
+    """Weights on the 8-bit grid by the nearest integers, in place; activations float."""
     for name in names:
         layer = model.get_submodule(name)
-        scale = along(channel_axes(layer)[0], least_error_scale(rows(layer), *WEIGHT))
+        scale = along(channel_axes(layer)[0], largest_scale(rows(layer), *WEIGHT))
         layer.weight.copy_(fake_quantize(layer.weight, scale, *WEIGHT))
     return model
 
 
-def with_float_inputs(trained, names):
+def with_float_inputs(codec, names=INPUTS):
     """A copy of a quantized codec in which the inputs of the layers `names` are not rounded."""
-    codec = copy.deepcopy(trained)
+    codec = copy.deepcopy(codec)
     for name in names:
         codec.get_submodule(name).input_range = None
     return codec
+
+
+def with_8_bit_weights(model, calibration):
+    """A copy of a float codec with rounded weights, activations float; and its `round_weights`' moments and gains."""
+    codec = copy.deepcopy(model)
+    quantize_layers(codec)
+    codec = with_float_inputs(codec)
+    moments = patch_moments(codec, calibration)
+    return codec, moments, round_weights(codec, moments)
 
 
 def show_layers(model, trained, calibration, held_out):
@@ -79,41 +89,45 @@ def show_layers(model, trained, calibration, held_out):
         rises = image_losses(codec, held_out) / base - 1
         return f"{rises.mean():+8.2%} {rises.max():+8.2%}"
 
-    def rise(start, scales=None, names=INPUTS):
-        """scales: of the inputs; None: the weights alone."""
+    def rounded_inputs(start, scales, names=INPUTS):
         codec = copy.deepcopy(start)
-        if scales:
-            quantize_layers(codec, scales, names)
-        else:
-            round_weights(codec, names)
-        return change(codec)
+        quantize_layers(codec, scales, names)
+        return codec
 
     equalized = copy.deepcopy(model)
     equalize(equalized, calibration)
     chosen = input_scales(equalized, calibration)
     least, largest = (input_scales(equalized, calibration, clipped) for clipped in (EIGHT_BIT, []))
+    weights, moments, gains = with_8_bit_weights(equalized, calibration)
     print("rise of J: mean over images and levels, and worst")
-    print(f"weights alone, not equalized                     {rise(model)}")
-    print(f"weights alone, equalized                         {rise(equalized)}")
-    print(f"and activations: not equalized                   {rise(model, input_scales(model, calibration))}")
-    print(f"                 equalized                       {rise(equalized, chosen)}")
-    print(f"                 least error everywhere          {rise(equalized, least)}")
-    print(f"                 nothing clipped                 {rise(equalized, largest)}")
+    print(f"weights alone: nearest integers, not equalized   {change(to_nearest(copy.deepcopy(model)))}")
+    print(f"               nearest integers, equalized       {change(to_nearest(copy.deepcopy(equalized)))}")
+    print(f"               errors cancel, not equalized      {change(with_8_bit_weights(model, calibration)[0])}")
+    print(f"               errors cancel, equalized          {change(weights)}")
+    print(f"inputs alone:  not equalized                     {change(rounded_inputs(model, input_scales(model, calibration)))}")
+    print(f"               equalized                         {change(rounded_inputs(equalized, chosen))}")
+    print(f"               least error everywhere            {change(rounded_inputs(equalized, least))}")
+    print(f"               nothing clipped                   {change(rounded_inputs(equalized, largest))}")
     for share in (0.999, 0.9999):
         scales = percentile_scales(equalized, calibration, share)
-        print(f"                 {share:.2%} of the values inside     {rise(equalized, scales)}")
-    print("\nequalized      weights alone     with inputs, as chosen")
-    for network in ("g_a", "h_a", "h_s", "g_s"):
-        names = [name for name in INPUTS if name.startswith(network)]
-        print(f"{network:10} {rise(equalized, None, names)}  {rise(equalized, chosen, names)}")
-    print("\nequalized      weights alone     with its input:    nothing clipped    weights' error: mean and worst row; mean with the largest")
-    print("                                 least error                           weight's scale")
+        print(f"               {share:.2%} of the values inside       {change(rounded_inputs(equalized, scales))}")
+    both = rounded_inputs(equalized, chosen)
+    round_weights(both, patch_moments(both, calibration))
+    print(f"both, equalized                                  {change(both)}")
+
+    print("\nequalized      weights: nearest    errors cancel    error of the      inputs: least error    nothing clipped")
+    print("                                                  output smaller by")
     for name in INPUTS:
-        W = rows(equalized.get_submodule(name))
-        error = [(fake_quantize(W, scale[:, None], *WEIGHT) - W).norm(dim=1) / W.norm(dim=1).clamp(min=1e-12)
-                 for scale in (least_error_scale(W, *WEIGHT), largest_scale(W, *WEIGHT))]  # fmt: skip
-        inputs = f"{rise(equalized, least, [name])}  {rise(equalized, largest, [name])}" if name in EIGHT_BIT else " " * 36
-        print(f"{name:10} {rise(equalized, None, [name])}  {inputs}  {error[0].mean():.3%}  {error[0].max():.3%}  {error[1].mean():.3%}")
+        codec = copy.deepcopy(equalized)
+        quantize_layers(codec, names=[name])
+        codec.get_submodule(name).input_range = None
+        round_weights(codec, {name: moments[name]})
+        inputs = ""
+        if name in EIGHT_BIT:
+            inputs = f"{change(rounded_inputs(equalized, least, [name]))}  {change(rounded_inputs(equalized, largest, [name]))}"
+        nearest = to_nearest(copy.deepcopy(equalized), [name])
+        print(f"{name:10} {change(nearest)} {change(codec)}  {10 * math.log10(gains[name]):6.1f} dB  {inputs}", flush=True)
+
     print(f"\nquantized and trained     {change(trained)}")
     eight_bit = [name for name in EIGHT_BIT if trained.get_submodule(name).input_range]
     for name in eight_bit:
@@ -124,25 +138,31 @@ def show_layers(model, trained, calibration, held_out):
 def variants(model, trained, calibration):
     """(name, codec) of each measurement; model, trained: the float codec and what quantize.py made of it."""
 
-    def quantized(codec, scales, names=INPUTS, float_inputs=()):
+    def quantized(start, names=INPUTS, float_inputs=()):
+        codec = copy.deepcopy(start)
         quantize_layers(codec, scales, names, float_inputs)
+        round_weights(codec, patch_moments(codec, calibration, names))
         freeze_h_s(codec)
         return codec
 
+    def simulated(codec):
+        codec = copy.deepcopy(codec)
+        codec.quantization = None  # the coder then runs the same h_s, 8 bits simulated, in float64
+        return codec
+
     yield "float", model
-    yield "8-bit weights, not equalized", round_weights(copy.deepcopy(model))
+    yield "8-bit weights, nearest, not equalized", to_nearest(copy.deepcopy(model))
     equalized = copy.deepcopy(model)
     equalize(equalized, calibration)
     scales = input_scales(equalized, calibration)
-    yield "8-bit weights, equalized", round_weights(copy.deepcopy(equalized))
-    yield "h_s alone: 8 bits, in integers", quantized(copy.deepcopy(equalized), scales, [n for n in INPUTS if n.startswith("h_s")])
-    yield "8 bits in all, calibrated", quantized(copy.deepcopy(equalized), scales)
-    yield "8 bits as shipped, calibrated", quantized(equalized, scales, INPUTS, trained.quantization.get("float_inputs", ()))
+    yield "8-bit weights, nearest", to_nearest(copy.deepcopy(equalized))
+    yield "8-bit weights, errors cancel", simulated(with_8_bit_weights(equalized, calibration)[0])
+    yield "h_s alone: 8 bits, in integers", quantized(equalized, [n for n in INPUTS if n.startswith("h_s")])
+    yield "8 bits in all, calibrated", quantized(equalized)
+    yield "8 bits as shipped, calibrated", quantized(equalized, float_inputs=trained.quantization.get("float_inputs", ()))
     yield "8 bits as shipped, trained", trained
-    simulated = copy.deepcopy(trained)
-    simulated.quantization = None  # the coder then runs the same h_s, 8 bits simulated, in float64
-    yield "the same, h_s simulated in float64", simulated
-    yield "its weights, activations float", with_float_inputs(simulated, INPUTS)
+    yield "the same, h_s simulated in float64", simulated(trained)
+    yield "its weights, activations float", simulated(with_float_inputs(trained))
 
 
 def show_bd_rates(model, trained, calibration, images):

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import torch
 
+from lic.integer import freeze_h_s
 from lic.models import Codec
+from lic.quantization import input_scales, quantize_layers
+from lic.rounding import patch_moments, round_weights
 
 ROOT = Path(__file__).parent.parent
 # all different, so that a swapped axis cannot fit by chance
@@ -34,6 +37,15 @@ def lively_codec(seed=0):
         model.h_s.conv3.weight /= model.h_s(z_hat).std()
         model.h_s.conv3.bias[WIDTHS["y"] :] += 2  # scales around 8, as wide as y
         model.g_s.conv4.weight /= model.g_s(y).std() / 0.2
+    return model
+
+
+def quantized_codec(float_inputs=()):
+    """`lively_codec` in 8 bits, calibrated on one image."""
+    model, x = lively_codec(), photo_like()
+    quantize_layers(model, input_scales(model, x), float_inputs=float_inputs)
+    round_weights(model, patch_moments(model, x))
+    freeze_h_s(model)
     return model
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from golden.make import FOLDER, Recorder
-from helpers import ROOT, lively_codec, photo_like, run_script
+from helpers import ROOT, quantized_codec, run_script
 from numpy_decoder import Decoder, conv, deconv, gdn, leaky_relu
 from PIL import Image
 
@@ -21,9 +21,7 @@ from lic.__main__ import classical, export
 from lic.bitstream import HEADER, ImageCoder, build_tables, padded
 from lic.checkpoint import load, save
 from lic.images import dead_leaves, read_image
-from lic.integer import freeze_h_s
 from lic.metrics import psnr
-from lic.quantization import input_scales, quantize_layers
 
 FILES = sorted(path.name for path in FOLDER.glob("*.lic"))
 
@@ -62,9 +60,7 @@ def test_numpy_decoder_gives_the_same_symbols_and_pixels(name, golden):
 
 
 def test_numpy_decoder_rounds_no_float_input(tmp_path):
-    model = lively_codec()
-    quantize_layers(model, input_scales(model, photo_like()), float_inputs=["g_s.conv4"])
-    freeze_h_s(model)
+    model = quantized_codec(float_inputs=["g_s.conv4"])
     image_coder = ImageCoder(model, tables := build_tables(model), save(tmp_path / "q.pt", model, tables, "quantize", {}, 0))
     export(argparse.Namespace(checkpoint=tmp_path / "q.pt", output=str(tmp_path / "q.npz")))
     data = image_coder.compress(dead_leaves(5, 64), 2)

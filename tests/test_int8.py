@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from helpers import WIDTHS, lively_codec, photo_like
+from helpers import WIDTHS, lively_codec, quantized_codec
 from torch import nn
 from torch.nn import functional as F
 
@@ -13,19 +13,16 @@ from lic import int8
 from lic.bitstream import ImageCoder, build_tables
 from lic.images import dead_leaves
 from lic.int8 import Int8Convolution, Int8HyperSynthesis, LastConvolution, subpixel
-from lic.integer import IntegerHyperSynthesis, freeze_h_s
+from lic.integer import IntegerHyperSynthesis
 from lic.metrics import psnr
-from lic.quantization import LEAKY, MAY_BE_FLOAT, QuantizedConv2d, input_scales, quantize_layers
+from lic.quantization import LEAKY, MAY_BE_FLOAT, QuantizedConv2d
 
 needs_kernel = pytest.mark.skipif(not int8.available(), reason="this torch or this CPU has no exact int8 convolution")
 
 
 @pytest.fixture(scope="module")
 def quantized():
-    model = lively_codec()
-    quantize_layers(model, input_scales(model, photo_like()))
-    freeze_h_s(model)
-    return model.eval()
+    return quantized_codec()
 
 
 def test_a_transposed_convolution_is_an_ordinary_one_and_a_shuffle():
@@ -37,10 +34,7 @@ def test_a_transposed_convolution_is_an_ordinary_one_and_a_shuffle():
 
 @pytest.mark.parametrize("float_inputs", [None, ["g_s.conv4"]], ids=["float codec", "8-bit weights"])
 def test_the_last_layer_in_float_is_an_ordinary_convolution(float_inputs):
-    model = lively_codec()
-    if float_inputs:
-        quantize_layers(model, input_scales(model, photo_like()), float_inputs=float_inputs)
-        freeze_h_s(model)
+    model = quantized_codec(float_inputs) if float_inputs else lively_codec()
     last = ImageCoder(model, build_tables(model), "0" * 16).g_s.conv4
     assert isinstance(last, LastConvolution)
     x = torch.randn(2, WIDTHS["g_s.3"], 6, 10, generator=torch.Generator().manual_seed(0))
@@ -85,6 +79,7 @@ def test_h_s_stays_in_float64_where_a_float32_would_round_its_sums(quantized):
     h_s = copy.deepcopy(quantized.h_s)
     h_s.conv3 = QuantizedConv2d(500, 2, 3, padding=1).attach(nn.Conv2d(500, 2, 3, padding=1), LEAKY)
     h_s.conv3.attach_integers()
+    h_s.conv3.weight_scale.fill_(1)
     h_s.conv3.multiplier.fill_(1)
     with torch.no_grad():
         h_s.conv3.weight.fill_(127)  # 255 * 127 * 4,500 is 8.7 times 2^24

@@ -55,6 +55,29 @@ def test_a_kernels_step_does_not_depend_on_the_size_of_the_gradient():
     assert torch.equal(a["g_s.conv2.weight"], b["g_s.conv2.weight"])
 
 
+def test_kernels_trained_in_the_fourier_domain_take_the_same_steps():
+    """A kernel's real DFT is a rotation of its 25 numbers, and Muon's step does not depend on the basis."""
+    k = torch.arange(5.0)
+    angle = 2 * torch.pi * k[:, None] * k / 5
+    dft = (torch.cos(angle) + torch.sin(angle)) / 5**0.5  # Hartley's: real, and its own inverse
+    start = 0.1 * torch.randn(6, 4, 5, 5, generator=torch.Generator().manual_seed(0))
+    target = torch.randn(6, 4, 5, 5, generator=torch.Generator().manual_seed(1))
+
+    def trained(transform):
+        module = torch.nn.Module()
+        module.kernel = torch.nn.Parameter(transform(start).contiguous(memory_format=torch.channels_last))
+        module.rest = torch.nn.Parameter(torch.ones(1))
+        optimizer = Optimizer(module)
+        for _ in range(50):
+            ((transform(module.kernel) - target).square().mean() + module.rest.square().sum()).backward()
+            optimizer.step(1e-2)
+        return transform(module.kernel).detach()
+
+    plain, fourier = trained(lambda v: v), trained(lambda v: dft @ v @ dft)
+    assert (plain - start).norm() > 0.2 * start.norm()
+    assert (plain - fourier).norm() < 0.02 * (plain - start).norm()
+
+
 def test_a_run_is_prolonged_only_before_its_rate_declines(tmp_path):
     model = lively_codec().to(memory_format=torch.channels_last)
     optimizer, path = Optimizer(model), tmp_path / "a.state"

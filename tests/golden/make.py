@@ -24,6 +24,7 @@ from lic.images import dead_leaves, fixed_crops, load_images  # noqa: E402
 from lic.integer import freeze_h_s  # noqa: E402
 from lic.models import Codec  # noqa: E402
 from lic.quantization import input_scales, quantize_layers  # noqa: E402
+from lic.rounding import patch_moments, round_weights  # noqa: E402
 from lic.training import fit  # noqa: E402
 
 WIDTHS = {"g_a.1": 9, "g_a.2": 10, "g_a.3": 11, "y": 12, "g_s.1": 13, "g_s.2": 14, "g_s.3": 15,
@@ -48,7 +49,9 @@ def make_checkpoints():
     Path(args.out + ".state").unlink()
     save(FOLDER / "codec.pt", model, build_tables(model), "train", {"lr": args.lr, "seed": args.seed}, args.steps)
     meta = load(FOLDER / "codec.pt")[1]
-    quantize_layers(model, input_scales(model, fixed_crops(train, 8, 64)))
+    calibration = fixed_crops(train, 8, 64)
+    quantize_layers(model, input_scales(model, calibration))
+    round_weights(model, patch_moments(model, calibration))
     freeze_h_s(model)
     save(FOLDER / "quantized.pt", model, build_tables(model), "quantize", {}, 0, meta)
 
