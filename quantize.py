@@ -5,8 +5,8 @@
 
 The channels' ranges are balanced first (quantization.equalize). Activations: 8 bits, calibrated on training crops, but
 for the input of the last layer, where they cost most. --steps of training with rounded activations then adapt the
-weights, still float, and the activations' scales; 0 skips them. Weights: int8, one scale an output channel, rounded last,
-so that the errors cancel in each layer's output (rounding.py).
+weights, still float, and the activations' scales; 0 skips them. Weights: int8, one scale an output channel, rounded
+last, so that the errors cancel in each layer's output (rounding.py).
 """
 
 import argparse

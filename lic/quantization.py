@@ -6,11 +6,11 @@ Weights: int8 in [-127, 127], one scale an output channel (axis 0 of Conv2d, 1 o
 ConvTranspose2d), that of the largest weight. Activations: one scale a tensor, [-128, 127], or
 [-32, 223] after a leaky ReLU, whose negative side is an eighth of the other.
 The scales of activations are chosen for the least squared error over a grid of clipping points; in g_a nothing is
-clipped, since a clipped activation there can spoil a picture and y is rounded anyway. Then they are trained with the rest
-(Esser et al., "Learned step size quantization", arXiv:1902.08153). Round half to even.
-Weights are floats until the training is over; rounding.py then puts them on their grids. On disk they are int8 tensors, in
-memory floats on the int8 grid, so that all that runs in floating point, training too, is the same code. Only h_s, which
-decides how a file is read, is also computed in integers: integer.py.
+clipped, since a clipped activation there can spoil a picture and y is rounded anyway. Then they are trained with the
+rest (Esser et al., "Learned step size quantization", arXiv:1902.08153). Round half to even.
+Weights are floats until the training is over; rounding.py then puts them on their grids. On disk they are int8 tensors,
+in memory floats on the int8 grid, so that training and inference are the same code. Only h_s, which decides how a file
+is read, is also computed in integers: integer.py.
 
 What stays float, and why:
     GDN      its sums of squares span too many octaves for 8 bits; a few % of the parameters
@@ -222,7 +222,7 @@ def quantize_layers(model, scales=None, names=INPUTS, float_inputs=()):
 
 def check_rounded(weight_scale):
     if not (weight_scale > 0).all():
-        raise LicError("the weights are not on their 8-bit grids yet: call rounding.round_weights after the last training step")
+        raise LicError("the weights are not on their 8-bit grids yet: call rounding.round_weights when training is over")
 
 
 def pack(state_dict):

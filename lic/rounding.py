@@ -7,8 +7,9 @@ The nearest integers make the error of each weight small. What matters is the er
 with u the patch of the input under the kernel. What lies side by side in u is alike, so that one weight can make good
 what another loses: the row is rounded weight by weight, and the error of each is spread over those that are still to
 come, as the least squares of u say. (In one dimension this is the error diffusion that turns a photograph into black
-and white dots.) Of the error's energy what is left is, in place of the power of u, the part of it that cannot be predicted
-from the rest of the patch: 2 dB less for y, which was coded because it is unpredictable, 10 to 20 dB in most layers.
+and white dots.) What is left of the error's energy is, in place of the power of u, the part of it that cannot be
+predicted from the rest of the patch: 2 dB less for y, which was coded because it is unpredictable, 10 to 20 dB in most
+layers.
 
 Frantar et al., "GPTQ: Accurate post-training quantization for generative pre-trained transformers", arXiv:2210.17323.
 Here for convolutions, transposed ones too.
@@ -27,8 +28,8 @@ PATCHES = 512  # at most, of each layer's input, for four images
 
 @torch.no_grad()
 def round_weights(model, moments):
-    """Put the weights of a quantized codec's layers on their 8-bit grids, in place. The scale of a row is that of its largest
-    weight. moments: from `patch_moments`.
+    """Put the weights of a quantized codec's layers on their 8-bit grids, in place. The scale of a row is that of its
+    largest weight. moments: from `patch_moments`.
 
     Returns {layer: factor by which the squared error of its output is smaller than with the nearest integers}.
     """
@@ -58,7 +59,8 @@ def output_error(error, H):
 @torch.no_grad()
 def patch_moments(model, x, names=INPUTS):
     """E[u u^T] of the inputs of a quantized codec's layers over the images x (B, 3, H, W), each at another level in turn:
-    {layer: (K, K)}. K is in * k * k, with k = 3 for a transposed convolution; there should be several times as many patches."""
+    {layer: (K, K)}. K is in * k * k, with k = 3 for a transposed convolution; there should be several times as many
+    patches."""
     sums, counts = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
 
     def add(name, layer, v):
@@ -101,8 +103,8 @@ def tap_groups(layer):
 
 
 def round_rows(W, H):
-    """W (out, K), in units of a row's scale, to integers in [-127, 127]: the error of each column is made good by the columns
-    after it. H (K, K): E[u u^T]."""
+    """W (out, K), in units of a row's scale, to integers in [-127, 127]: the error of each column is made good by the
+    columns after it. H (K, K): E[u u^T]."""
     W, H = W.double(), H.double()
     order = H.diagonal().argsort(descending=True, stable=True)  # the loudest first, while many can make it good
     W, H = W[:, order], H[order][:, order]
