@@ -38,7 +38,7 @@ ALIVE = 0.001  # bits a position (16x16 pixels for y, 64x64 for z) that a channe
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoints", nargs="*", default=["runs/base.pt", "runs/pruned.pt", "runs/quantized.pt"],
-                        help="the first is the BD-rate anchor (default: runs/base.pt runs/pruned.pt runs/quantized.pt)")  # fmt: skip
+                        help="the first is the anchor of the BD-rates in --json (default: runs/base.pt runs/pruned.pt runs/quantized.pt)")  # fmt: skip
     parser.add_argument("--data", help="folder of images, searched recursively (default: 4 synthetic images)")
     parser.add_argument("--held-out", action="store_true", help="only the images that training with this folder holds out")
     parser.add_argument("--amp", action="store_true", help="code in bf16: faster on a CPU with AVX-512 bf16")

@@ -3,10 +3,10 @@
     python quantize.py                                      after python prune.py
     python quantize.py --checkpoint runs/pruned.pt --data photos/ --steps 2000 --amp
 
-The channels' ranges are balanced first (quantization.equalize). Activations: 8 bits, calibrated on training crops, but
-for the input of the last layer, where they cost most. --steps of training with rounded activations then adapt the
-weights, still float, and the activations' scales; 0 skips them. Weights: int8, one scale an output channel, rounded
-last, so that the errors cancel in each layer's output (rounding.py).
+The channels' ranges are balanced first (quantization.equalize). Activations: 8 bits, in h_s 16, calibrated on training
+crops; the latents and the input of the last layer, where 8 bits cost most, stay float. --steps of training with rounded
+activations then adapt the weights, still float, and the scales of the 8 bits; 0 skips them. Weights: int8, one scale an
+output channel, rounded last, so that the errors cancel in each layer's output (rounding.py).
 """
 
 import argparse
@@ -16,17 +16,17 @@ from lic.checkpoint import load, save
 from lic.files import LicError, check_writable, run
 from lic.images import fixed_crops, load_images
 from lic.integer import freeze_h_s
-from lic.quantization import MAY_BE_FLOAT, equalize, input_scales, quantize_layers
+from lic.quantization import EIGHT_BIT, equalize, input_scales, quantize_layers
 from lic.rounding import patch_moments, round_weights
-from lic.training import add_training_arguments, fit, mean_loss, positive
+from lic.training import add_training_arguments, fit, mean_loss, positive_int
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default="runs/pruned.pt", help="float codec (default: runs/pruned.pt)")
-    parser.add_argument("--calibration", type=positive, default=512,
+    parser.add_argument("--calibration", type=positive_int, default=512,
                         help="crops of at most 128x128 that set scales and rounding, each of another image (default: 512)")  # fmt: skip
-    parser.add_argument("--float-inputs", nargs="*", metavar="LAYER", default=["g_s.conv4"], choices=MAY_BE_FLOAT,
+    parser.add_argument("--float-inputs", nargs="*", metavar="LAYER", default=["g_s.conv4"], choices=EIGHT_BIT,
                         help="layers whose input stays float (default: g_s.conv4; without a name: none)")  # fmt: skip
     add_training_arguments(parser, steps=200, lr=1e-4, out="runs/quantized.pt")
     return parser.parse_args()

@@ -18,7 +18,7 @@ from lic.checkpoint import load, load_plan
 from lic.files import LicError, check_writable, run, write_bytes
 from lic.images import fixed_crops, load_images
 from lic.pruning import importance, most_important, narrow, observe
-from lic.training import count, mean_loss, positive, rate
+from lic.training import count, mean_loss, positive_float, positive_int
 
 
 def parse_args():
@@ -28,16 +28,16 @@ def parse_args():
     parser.add_argument("--target", type=float, default=0.5, help="share to remove, 0 to 1 (default: 0.5)")
     parser.add_argument("--of", choices=("params", "macs", "both"), default="params",
                         help="what the target counts; both: the smaller share of the two (default: params)")
-    parser.add_argument("--delta", type=rate, default=0.02, help="how far from the target a plan may be (default: 0.02)")
+    parser.add_argument("--delta", type=positive_float, default=0.02, help="how far from the target a plan may be (default: 0.02)")
     parser.add_argument("--method", choices=("threshold", "evolve", "uniform"), default="threshold",
                         help="threshold on sensitivities; the same, then evolved; or one ratio for all groups (default: threshold)")  # fmt: skip
     parser.add_argument("--importance", choices=("residual", "variance", "taylor", "l1"), default="residual",
                         help="which channels of a group go first (default: residual)")  # fmt: skip
     parser.add_argument("--sensitivities", help="take them from this plan of the same checkpoint (default: measure them)")
-    parser.add_argument("--tries", type=positive, default=200, help="plans that evolve tries (default: 200)")
+    parser.add_argument("--tries", type=positive_int, default=200, help="plans that evolve tries (default: 200)")
     parser.add_argument("--seed", type=count, default=0, help="of evolve (default: 0)")
-    parser.add_argument("--crops", type=positive, default=16, help="calibration images, at most (default: 16)")
-    parser.add_argument("--crop", type=positive, default=256, help="their side in pixels, a multiple of 64 (default: 256)")
+    parser.add_argument("--crops", type=positive_int, default=16, help="calibration images, at most (default: 16)")
+    parser.add_argument("--crop", type=positive_int, default=256, help="their side in pixels, a multiple of 64 (default: 256)")
     parser.add_argument("--amp", action="store_true", help="bf16 autocast: faster with AVX-512 bf16")
     parser.add_argument("--out", default="runs/plan.json", help="plan to write (default: runs/plan.json)")
     return parser.parse_args()

@@ -14,12 +14,12 @@ from lic.checkpoint import load, load_plan, save
 from lic.files import LicError, check_writable, run
 from lic.images import fixed_crops, load_images
 from lic.models import PRESETS, Codec, preset_config
-from lic.training import add_training_arguments, fit, mean_loss, rate
+from lic.training import add_training_arguments, fit, mean_loss, positive_float
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lambdas", type=rate, nargs="+", help="one a rate level, rising (default: the preset's)")
+    parser.add_argument("--lambdas", type=positive_float, nargs="+", help="one a rate level, rising (default: the preset's)")
     start = parser.add_mutually_exclusive_group()
     start.add_argument("--preset", choices=PRESETS, default="tiny", help="widths and lambdas (default: tiny)")
     start.add_argument("--plan", help="widths and lambdas of this plan of search.py: to train from scratch (default: none)")
@@ -44,7 +44,8 @@ def main():
         model, parent = load(args.checkpoint, stages=("train", "control", "prune"))
         stage = parent["stage"]  # a pruned codec stays one
     elif args.plan:
-        model = Codec({key: load_plan(args.plan)[key] for key in ("widths", "lambdas")})
+        plan = load_plan(args.plan)
+        model = Codec({key: plan[key] for key in ("widths", "lambdas")})
     else:
         model = Codec(preset_config(args.preset, args.lambdas))
     print(f"{args.checkpoint or args.plan or args.preset}: {sum(p.numel() for p in model.parameters()):,} parameters, "

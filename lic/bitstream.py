@@ -4,7 +4,7 @@ What must agree between the encoder's machine and the decoder's is the table of 
 It comes from h_s: an ordinary float32 convolution differs in its last bits between machines, and
 one flipped table index scrambles the rest of the file. So h_s runs on the CPU, in float64, or in a
 quantized codec in exact integers (integer.py).
-The mean of a Gaussian never enters the coder; last-bit differences there move a pixel by nothing.
+The mean of a Gaussian never enters the coder; a last bit there moves a pixel by one step now and then.
 
 g_a, h_a and g_s may run anywhere, in any precision: the decoder never repeats the first two.
 """
@@ -103,7 +103,8 @@ class ImageCoder:
 
     @torch.inference_mode()
     def compress(self, image, quality, max_pixels=MAX_PIXELS):
-        """image (H, W, 3) uint8 of any size, quality a level in [0, levels - 1], in steps of 1/256 -> bytes."""
+        """image (H, W, 3) uint8 of any size, quality a level in [0, levels - 1], in steps of 1/256 -> bytes.
+        Raises LicError for another quality or more than max_pixels."""
         levels = len(self.model.lambdas)
         if not 0 <= quality <= levels - 1:
             raise LicError(f"quality {quality} is not between 0 and {levels - 1}, this checkpoint's levels")
@@ -182,7 +183,7 @@ def _symbols_crc(fields, z_symbols, y_symbols):
 
 
 def read_header(data):
-    """Fields of a compressed file after checking all that can be checked without the model."""
+    """Fields of a compressed file after checking all that can be checked without the model; BadStream says what is wrong."""
     if data[:4] != MAGIC:
         raise BadStream("this is not a lic file: it does not begin with its magic number")
     if len(data) > 4 and data[4] != VERSION:

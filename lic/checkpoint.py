@@ -65,7 +65,7 @@ def load(path, stages=None):
     """Model (eval mode, channels_last, float32) and meta: the dict above without state_dict, tables as
     coder.Tables, and "bytes", the file's size.
 
-    stages: the stages that the caller can use; another is refused.
+    stages: the stages that the caller can use; another is refused. Raises LicError for what cannot be read or used.
     """
     checkpoint = read_tensors(path, otherwise=f"{path} is not a lic checkpoint, or it is truncated")
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
@@ -87,7 +87,7 @@ def load(path, stages=None):
     if quantization:
         quantize_layers(model, float_inputs=float_inputs)
         if quantization != model.quantization:
-            raise LicError(f"{path} is quantized as {quantization}; this program knows {model.quantization}")
+            raise LicError(f"{path} is quantized as {quantization}; this program knows {model.quantization}; quantize again with quantize.py")
         state_dict = unpack(state_dict)
     model.load_state_dict(state_dict)
     checkpoint["tables"] = {kind: Tables(*(np.ascontiguousarray(t[f].numpy()) for f in Tables._fields)) for kind, t in tables.items()}
@@ -96,7 +96,8 @@ def load(path, stages=None):
 
 
 def load_plan(path, baseline=None):
-    """What search.py wrote, a dict; baseline: fingerprint of the checkpoint that it must have been made for."""
+    """What search.py wrote, a dict; baseline: fingerprint of the checkpoint that it must have been made for.
+    Raises LicError for anything else."""
     try:
         plan = json.loads(read_bytes(path))
         complete = plan["format"] == "lic plan" and all(len(plan["keep"][g]) == plan["widths"][g] > 0 for g in GROUPS)

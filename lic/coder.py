@@ -109,7 +109,7 @@ def decode(words, escapes, table_index, tables):
         values = entries + offset
         outside = np.flatnonzero(entries == escape)
         if len(outside):
-            values[outside] = np.resize(escapes[used : used + len(outside)], len(outside))
+            values[outside] = np.resize(escapes[used : used + len(outside)], len(outside))  # too few: refused below
             used += len(outside)
         sorted_symbols[start:end] = values
     if used != len(escapes) or not coder.is_empty():

@@ -15,19 +15,19 @@ from torch import nn
 from torch.nn import functional as F
 
 from lic.integer import IntegerHyperSynthesis
-from lic.quantization import QuantizedConvTranspose2d
+from lic.quantization import LEAKY, QuantizedConvTranspose2d
 
 
 class Int8Convolution(nn.Module):
     """Inference with the int8 weights of a quantized layer; returns bf16 under autocast, else float32.
 
     The kernel has no transposed form that doubles the size, so `subpixel` turns such a layer into an ordinary one.
-    integers: take the integers of the input and return those of the sums, float32, without a bias.
+    integers: the input already is integers in LEAKY, and the output is the integers of the sums, float32, without a bias.
     """
 
     def __init__(self, layer, integers=False):
         super().__init__()
-        low, high = layer.input_range
+        low, high = LEAKY if integers else layer.input_range
         self.zero_point, self.largest = -low, high - low  # the kernel takes 0 to 255
         self.input_scale = 1.0 if integers else layer.input_scale.item()
         self.integers = integers
@@ -48,6 +48,7 @@ class Int8Convolution(nn.Module):
             self.stride, self.padding, (1, 1), 1, None)  # fmt: skip
 
     def forward(self, x):
+        """(B, in, h, w) -> what the layer makes of it, (B, out, h', w')."""
         # in float32: bf16 has no room for both the integer and its fraction
         q = x.float().mul(1 / self.input_scale).round_().add_(self.zero_point).clamp_(0, self.largest).to(torch.uint8)
         dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") and not self.integers else torch.float32
@@ -60,8 +61,9 @@ class Int8Convolution(nn.Module):
 
 class Int8HyperSynthesis(IntegerHyperSynthesis):
     """h_s in exact integers, the sums of its two larger layers in int32: z_hat (B, Z, h, w) -> mean and table index, both
-    (B, M, 4h, 4w) float64, the same bits as IntegerHyperSynthesis. The kernel returns the sums in float32, which holds every
-    integer up to 2^24; a layer whose sums could be larger, and any layer without the kernel, stays in float64."""
+    (B, M, 4h, 4w) float64, the same bits as IntegerHyperSynthesis. The two 8-bit digits of each input have sums of their own.
+    The kernel returns them in float32, which holds every integer up to 2^24; a layer whose sums could be larger, and any
+    layer without the kernel, stays in float64."""
 
     def __init__(self, h_s):
         super().__init__(h_s)
@@ -75,7 +77,9 @@ class Int8HyperSynthesis(IntegerHyperSynthesis):
     def sums(self, k, q):
         if k not in self.kernels:
             return super().sums(k, q)
-        return self.kernels[k](q).double() + self.get_buffer(f"bias{k}")[:, None, None]
+        high = torch.floor((q - LEAKY[0]) / 256)
+        high, low = self.kernels[k](torch.cat([high, q - 256 * high])).double().chunk(2)
+        return 256 * high + low + self.get_buffer(f"bias{k}")[:, None, None]
 
 
 class LastConvolution(nn.Module):

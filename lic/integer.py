@@ -1,7 +1,7 @@
 """h_s of a quantized codec in exact integers: the same bits on every machine, by construction.
 
-    a = W q + b                              W: int8 weights, b: integers; q: z_hat, later 8-bit activations
-    q = clamp(round(lrelu(a) m), -32, 223)   m: one float64 a channel; lrelu(a) = a / 8 below 0, exactly
+    a = W q + b                                   W: int8 weights, b: integers; q: z_hat, later 16-bit activations
+    q = clamp(round(lrelu(a) m), -8224, 57311)    m: one float64 a channel; lrelu(a) = a / 8 below 0, exactly
 
 and after the last layer round(a m) is, in its first half, the mean in units of 2^-12 and, in its second, the
 index of the scale's table, clamped to [0, 63]. The sums are float64 convolutions: every partial sum is an
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from lic.entropy import LOG_SCALE_MIN, LOG_SCALE_STEP, SCALE_LEVELS
 from lic.files import LicError
 from lic.models import SLOPE
-from lic.quantization import LEAKY
+from lic.quantization import WIDE
 
 MEAN_UNIT = 2.0**-12
 MAX_SYMBOL = 2**30  # |z| and |y - mean| stay below
@@ -38,8 +38,8 @@ def freeze_h_s(model):
     output_zero = torch.tensor([0, LOG_SCALE_MIN], dtype=torch.float64).repeat_interleave(M)
     for layer, input_unit, largest_input, unit, zero in (
         (h_s.conv1, 1, MAX_SYMBOL, scale2, 0),
-        (h_s.conv2, scale2, LEAKY[1], scale3, 0),
-        (h_s.conv3, scale3, LEAKY[1], output_unit, output_zero),
+        (h_s.conv2, scale2, WIDE[1], scale3, 0),
+        (h_s.conv3, scale3, WIDE[1], output_unit, output_zero),
     ):
         sum_unit = input_unit * layer.weight_scale.double().flatten()  # (out,): what 1 in a sum stands for
         bias = torch.round((layer.bias.double() - zero) / sum_unit)
@@ -72,7 +72,7 @@ class IntegerHyperSynthesis(nn.Module):
 
     def forward(self, z_hat):
         """z_hat (B, Z, h, w), integers in float64 -> mean and table index, both (B, M, 4h, 4w) float64."""
-        q = torch.round(F.leaky_relu(self.sums(1, z_hat), SLOPE) * self.multiplier1).clamp(*LEAKY)
-        q = torch.round(F.leaky_relu(self.sums(2, q), SLOPE) * self.multiplier2).clamp(*LEAKY)
+        q = torch.round(F.leaky_relu(self.sums(1, z_hat), SLOPE) * self.multiplier1).clamp(*WIDE)
+        q = torch.round(F.leaky_relu(self.sums(2, q), SLOPE) * self.multiplier2).clamp(*WIDE)
         mean, index = torch.round(self.sums(3, q) * self.multiplier3).chunk(2, 1)
         return mean * MEAN_UNIT, index.clamp(0, SCALE_LEVELS - 1)

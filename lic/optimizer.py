@@ -21,13 +21,13 @@ class Optimizer:
     def __init__(self, model):
         self.kernels = [p for p in model.parameters() if p.ndim == 4]
         self.others = [p for p in model.parameters() if p.ndim != 4]
-        # torch's Muon takes matrices: (c, c', kh, kw) as c x (kh kw c'), the same memory
-        self.matrices = [nn.Parameter(self.matrix(p.detach())) for p in self.kernels]
+        self.matrices = [nn.Parameter(self.matrix(p.detach())) for p in self.kernels]  # torch's Muon takes no other shape
         self.muon = torch.optim.Muon(self.matrices, weight_decay=0, adjust_lr_fn="match_rms_adamw")
         self.adam = torch.optim.Adam(self.others)
 
     @staticmethod
     def matrix(kernel):
+        """(c, c', kh, kw), channels_last -> (c, kh kw c'), the same memory."""
         return kernel.permute(0, 2, 3, 1).view(len(kernel), -1)
 
     def step(self, lr):

@@ -236,7 +236,9 @@ def importance(model, x, statistics, measure="residual"):
         return {group: products.diagonal() - mean**2 for group, (mean, products) in moments.items()}
     if measure == "taylor":
         return taylor(model, x)
-    return {group: rows(model.get_submodule(made_by)).abs().sum(1) for group, (made_by, _, _) in GROUPS.items()}
+    if measure == "l1":
+        return {group: rows(model.get_submodule(made_by)).abs().sum(1) for group, (made_by, _, _) in GROUPS.items()}
+    raise ValueError(measure)
 
 
 def most_important(scores, width):

@@ -1,13 +1,14 @@
-"""8-bit weights and activations: uniform, zero stays zero, simulated in floating point.
+"""Weights in 8 bits, activations in 8 or 16: uniform, zero stays zero, simulated in floating point.
 
     q = clamp(round(v / s), low, high)        v_hat = s q
 
 Weights: int8 in [-127, 127], one scale an output channel (axis 0 of Conv2d, 1 of
 ConvTranspose2d), that of the largest weight. Activations: one scale a tensor, [-128, 127], or
-[-32, 223] after a leaky ReLU, whose negative side is an eighth of the other.
+[-32, 223] after a leaky ReLU, whose negative side is an eighth of the other; in h_s 16 bits, two such digits.
 The scales of activations are chosen for the least squared error over a grid of clipping points; in g_a nothing is
 clipped, since a clipped activation there can spoil a picture and y is rounded anyway. Then they are trained with the
-rest (Esser et al., "Learned step size quantization", arXiv:1902.08153). Round half to even.
+rest (Esser et al., "Learned step size quantization", arXiv:1902.08153); those of 16 bits are not, they hold twice the
+largest value. Round half to even.
 Weights are floats until the training is over; rounding.py then puts them on their grids. On disk they are int8 tensors,
 in memory floats on the int8 grid, so that training and inference are the same code. Only h_s, which decides how a file
 is read, is also computed in integers: integer.py.
@@ -32,19 +33,20 @@ from lic.gdn import IGDN, PEDESTAL
 from lic.pruning import GROUPS, channel_axes, watch
 
 SIGNED, LEAKY, WEIGHT = (-128, 127), (-32, 223), (-127, 127)
+WIDE = (257 * LEAKY[0], 257 * LEAKY[1])  # 16 bits: 256 * high + low, both in LEAKY, so that 8-bit kernels can compute with them
 INPUTS = {  # layer: integer range of its input; None where no quantizer is needed
     "g_a.conv1": None,  # pixels less a constant: 8 bits already
     "g_a.conv2": SIGNED, "g_a.conv3": SIGNED, "g_a.conv4": SIGNED,
     "h_a.conv1": None,  # y, see above
     "h_a.conv2": LEAKY, "h_a.conv3": LEAKY,
     "h_s.conv1": None,  # z_hat: integers already
-    "h_s.conv2": LEAKY, "h_s.conv3": LEAKY,
+    "h_s.conv2": WIDE, "h_s.conv3": WIDE,  # they say how y is coded: what is lost here each symbol pays
     "g_s.conv1": None,  # y_hat, see above
     "g_s.conv2": SIGNED, "g_s.conv3": SIGNED, "g_s.conv4": SIGNED,
 }  # fmt: skip
 
-MAY_BE_FLOAT = [name for name, input_range in INPUTS.items() if input_range and not name.startswith("h_s")]  # h_s is integers
-CLIPPED = [name for name, input_range in INPUTS.items() if input_range and not name.startswith("g_a")]  # rare values may be
+EIGHT_BIT = [name for name, input_range in INPUTS.items() if input_range in (SIGNED, LEAKY)]  # these may stay float instead
+CLIPPED = [name for name in EIGHT_BIT if not name.startswith("g_a")]  # rare values may be
 
 
 def fake_quantize(v, scale, low, high):
@@ -90,9 +92,9 @@ class _Quantized:
         channels = layer.weight.shape[self.out_axis]
         shape = [channels if axis == self.out_axis else 1 for axis in range(4)]
         self.register_buffer("weight_scale", torch.zeros(shape))  # 0: the weights are not rounded yet
-        if input_range:
+        if input_range and input_range != WIDE:
             self.input_scale = nn.Parameter(torch.ones(()))
-        else:
+        else:  # nothing to gain by training it
             self.register_buffer("input_scale", torch.ones(()))
         return self
 
@@ -177,8 +179,8 @@ def along(axis, v):
 def input_scales(model, x, clipped=CLIPPED):
     """Scales of the inputs of a float model's layers over the images x (B, 3, H, W) at every level: {layer: ()}.
 
-    clipped: the layers whose scale has the least squared error; the others' holds the largest value. That value
-    comes from a few images: x should be some hundred.
+    clipped: the layers whose scale has the least squared error. In the others it holds the largest value, in those of 16
+    bits twice that; the largest value is one of a few images', so x should be some hundred images.
     """
 
     def summary(v):
@@ -189,7 +191,7 @@ def input_scales(model, x, clipped=CLIPPED):
     for name, parts in watch(model, x, [name for name, input_range in INPUTS.items() if input_range], summary).items():
         samples, extremes = (torch.cat(column)[None] for column in zip(*parts))  # (1, values)
         rule, v = (least_error_scale, samples) if name in clipped else (largest_scale, extremes)
-        scales[name] = rule(v, *INPUTS[name])[0]
+        scales[name] = rule(v, *INPUTS[name])[0] * (2 if INPUTS[name] == WIDE else 1)
     return scales
 
 
@@ -198,10 +200,11 @@ def quantize_layers(model, scales=None, names=INPUTS, float_inputs=()):
     """Replace the convolutions called `names`, by default all, by their quantized form, in place.
 
     scales: from `input_scales`; without it all scales are 1, to be loaded from a state_dict. float_inputs: layers of
-    which only the weights are quantized. Raises LicError if one of them is not in MAY_BE_FLOAT.
+    which only the weights are quantized. Raises LicError if one of them is not in EIGHT_BIT.
     """
-    if not all(name in MAY_BE_FLOAT for name in float_inputs):
-        raise LicError(f"of the inputs {', '.join(map(str, float_inputs))} one is not 8 bits anyway, or belongs to h_s, which is integers")
+    others = [name for name in float_inputs if name not in EIGHT_BIT]
+    if others:
+        raise LicError(f"the inputs of {', '.join(map(str, others))} are not 8 bits anyway, or belong to h_s, which is integers")
     for name in names:
         input_range = None if name in float_inputs else INPUTS[name]
         network, layer_name = name.split(".")
@@ -215,7 +218,7 @@ def quantize_layers(model, scales=None, names=INPUTS, float_inputs=()):
         if network == "h_s":
             quantized.attach_integers()
         setattr(model.get_submodule(network), layer_name, quantized)
-    model.quantization = {"weight_bits": 8, "activation_bits": 8, "h_s": "integer"}
+    model.quantization = {"weight_bits": 8, "activation_bits": 8, "h_s": "16-bit integers"}
     if float_inputs:
         model.quantization["float_inputs"] = list(float_inputs)
 

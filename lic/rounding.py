@@ -8,8 +8,8 @@ with u the patch of the input under the kernel. What lies side by side in u is a
 what another loses: the row is rounded weight by weight, and the error of each is spread over those that are still to
 come, as the least squares of u say. (In one dimension this is the error diffusion that turns a photograph into black
 and white dots.) What is left of the error's energy is, in place of the power of u, the part of it that cannot be
-predicted from the rest of the patch: 2 dB less for y, which was coded because it is unpredictable, 10 to 20 dB in most
-layers.
+predicted from the rest of the patch: 2 or 3 dB less for y, which was coded because it is unpredictable, 9 to 20 dB in
+most layers.
 
 Frantar et al., "GPTQ: Accurate post-training quantization for generative pre-trained transformers", arXiv:2210.17323.
 Here for convolutions, transposed ones too.

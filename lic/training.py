@@ -13,6 +13,7 @@ in no fixed order.)
 
 import signal
 import time
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ class Interrupted(LicError):
     status = 130
 
 
-def positive(text):
+def positive_int(text):
     """An argparse type: a whole number from 1 up."""
     if int(text) < 1:
         raise ValueError
@@ -40,7 +41,7 @@ def count(text):
     return int(text)
 
 
-def rate(text):
+def positive_float(text):
     """An argparse type: a positive finite number."""
     if not 0 < float(text) < float("inf"):
         raise ValueError
@@ -51,14 +52,14 @@ def add_training_arguments(parser, steps, lr, out):
     """The options of a stage that trains; steps, lr and out are that stage's defaults."""
     parser.add_argument("--data", help="folder of images, searched recursively (default: synthetic images)")
     parser.add_argument("--steps", type=count, default=steps, help=f"training steps (default: {steps})")
-    parser.add_argument("--batch", type=positive, default=8, help="crops a step (default: 8)")
-    parser.add_argument("--crop", type=positive, default=128, help="side of a crop, pixels, a multiple of 64 (default: 128)")
-    parser.add_argument("--lr", type=rate, default=lr, help=f"peak learning rate (default: {lr})")
+    parser.add_argument("--batch", type=positive_int, default=8, help="crops a step (default: 8)")
+    parser.add_argument("--crop", type=positive_int, default=128, help="side of a crop, pixels, a multiple of 64 (default: 128)")
+    parser.add_argument("--lr", type=positive_float, default=lr, help=f"peak learning rate (default: {lr})")
     parser.add_argument("--amp", action="store_true", help="bf16 autocast: faster with AVX-512 bf16 or on a GPU")
     parser.add_argument("--compile", action="store_true", help="fuse the kernels of a step: after half a minute much faster on a GPU")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to train (default: cpu)")
     parser.add_argument("--seed", type=count, default=0, help="of weights, crops and noise (default: 0)")
-    parser.add_argument("--save-every", type=positive, default=1000, help="steps between saves (default: 1000)")
+    parser.add_argument("--save-every", type=positive_int, default=1000, help="steps between saves (default: 1000)")
     parser.add_argument("--out", default=out, help=f"checkpoint to write (default: {out})")
     parser.add_argument("--resume", action="store_true", help="go on from OUT.state, exactly as if never stopped")
 
@@ -138,40 +139,48 @@ def fit(model, train, held_out, args, parent=None):
     first = load_state(state_path, model, optimizer, settings) if args.resume else 0
     lambdas = torch.tensor(model.lambdas, device=args.device)
     weights = level_weights(model.lambdas).to(args.device)
-    interrupted = []
-    handlers = {number: signal.signal(number, lambda signum, frame: interrupted.append(signum))
-                for number in (signal.SIGINT, signal.SIGTERM)}  # fmt: skip
-
     progress = Progress(first, args.steps)
-    for step in range(first, args.steps):
-        rng = np.random.default_rng([args.seed, step])
-        torch.manual_seed(int(rng.integers(2**63)))  # the noise
-        x = random_crops(train, args.batch, args.crop, rng)  # (B, 3, crop, crop)
-        level = torch.from_numpy(rng.integers(len(lambdas), size=args.batch)).to(args.device, non_blocking=True)  # (B,)
+    with signals_kept() as interrupted:
+        for step in range(first, args.steps):
+            rng = np.random.default_rng([args.seed, step])
+            torch.manual_seed(int(rng.integers(2**63)))  # the noise
+            x = random_crops(train, args.batch, args.crop, rng)  # (B, 3, crop, crop)
+            level = torch.from_numpy(rng.integers(len(lambdas), size=args.batch)).to(args.device, non_blocking=True)  # (B,)
 
-        model.train()
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=args.amp):
-            out = forward(x, level.float())
-        J, y_bpp, z_bpp, mse = rate_distortion(out, x, lambdas[level])
-        loss = (weights[level] * J).mean()
-        loss.backward()
-        norm = optimizer.step(learning_rate(step, args.steps, args.lr))
-        if not torch.isfinite(norm):  # the weights are spoilt, the last save is not
-            raise LicError(f"at step {step} the loss is {loss.item()} and its gradient's norm {norm.item()}; "
-                           f"start again with a smaller --lr")  # fmt: skip
+            model.train()
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=args.amp):
+                out = forward(x, level.float())
+            J, y_bpp, z_bpp, mse = rate_distortion(out, x, lambdas[level])
+            loss = (weights[level] * J).mean()
+            loss.backward()
+            norm = optimizer.step(learning_rate(step, args.steps, args.lr))
+            if not torch.isfinite(norm):  # the weights are spoilt, the last save is not
+                raise LicError(f"at step {step} the loss is {loss.item()} and its gradient's norm {norm.item()}; "
+                               f"start again with a smaller --lr")  # fmt: skip
 
-        with torch.no_grad():
-            progress.update(step + 1, loss=loss, bpp_y=y_bpp.mean(), bpp_z=z_bpp.mean(),
-                            psnr=-10 * torch.log10(mse).mean())  # fmt: skip
-        if interrupted or step + 1 == args.steps or (step + 1) % args.save_every == 0:
-            save_state(state_path, model, optimizer, step + 1, settings)
-            J = mean_loss(model, held_out, args.amp)
-            print(f"saved {state_path}  held-out J a level:", *(f"{v:.4f}" for v in J), flush=True)
-        if interrupted:
-            raise Interrupted(f"interrupted after step {step + 1}; go on with --resume")
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+            with torch.no_grad():
+                progress.update(step + 1, loss=loss, bpp_y=y_bpp.mean(), bpp_z=z_bpp.mean(),
+                                psnr=-10 * torch.log10(mse).mean())  # fmt: skip
+            if interrupted or step + 1 == args.steps or (step + 1) % args.save_every == 0:
+                save_state(state_path, model, optimizer, step + 1, settings)
+                J = mean_loss(model, held_out, args.amp)
+                print(f"saved {state_path}  held-out J a level:", *(f"{v:.4f}" for v in J), flush=True)
+            if interrupted:
+                raise Interrupted(f"interrupted after step {step + 1}; go on with --resume")
     model.to("cpu").eval()
+
+
+@contextmanager
+def signals_kept():
+    """Yields a list; SIGINT and SIGTERM append to it and do nothing else, so that a step and its save are not cut in two."""
+    received = []
+    before = {number: signal.signal(number, lambda signum, frame: received.append(signum))
+              for number in (signal.SIGINT, signal.SIGTERM)}  # fmt: skip
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Progress:
@@ -216,8 +225,8 @@ def load_state(path, model, optimizer, settings):
     if changed == ["steps"]:
         (warmup, decline), (new_warmup, new_decline) = phases(made_with["steps"]), phases(settings["steps"])
         if done > min(decline, new_decline) or warmup != new_warmup:
-            raise LicError(f"{path} is at step {done} of {made_with['steps']}; --steps can change only in the first third "
-                           f"of the old and the new number, and only if both are 14,000 or more")  # fmt: skip
+            raise LicError(f"{path} is at step {done} of {made_with['steps']}; --steps can change only in the first third of the "
+                           f"old and the new number, and only if they have the same warm-up, as any two from 14,000 up have")  # fmt: skip
     elif changed:
         raise LicError(f"{path} was made with another {', '.join(changed)}; resume with the same settings")
     model.load_state_dict(state["model"])

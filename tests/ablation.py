@@ -27,6 +27,7 @@ from lic.metrics import bd_rate  # noqa: E402
 from lic.pruning import channel_axes, rows, watch  # noqa: E402
 from lic.quantization import (  # noqa: E402
     INPUTS,
+    EIGHT_BIT,
     WEIGHT,
     along,
     equalize,
@@ -38,12 +39,10 @@ from lic.quantization import (  # noqa: E402
 from lic.rounding import patch_moments, round_weights  # noqa: E402
 from lic.training import image_losses  # noqa: E402
 
-EIGHT_BIT = [name for name, input_range in INPUTS.items() if input_range]
-
 
 @torch.no_grad()
 def percentile_scales(model, x, share):
-    """As `input_scales`, each scale such that `share` of the values are not clipped."""
+    """Scales of the 8-bit inputs such that `share` of the values are not clipped: {layer: ()}."""
     seen = watch(model, x, EIGHT_BIT, lambda v: v.flatten()[:: v.numel() // 5_000 | 1].clone())
     scales = {}
     for name, parts in seen.items():
@@ -109,7 +108,7 @@ def show_layers(model, trained, calibration, held_out):
     print(f"               least error everywhere            {change(rounded_inputs(equalized, least))}")
     print(f"               nothing clipped                   {change(rounded_inputs(equalized, largest))}")
     for share in (0.999, 0.9999):
-        scales = percentile_scales(equalized, calibration, share)
+        scales = chosen | percentile_scales(equalized, calibration, share)
         print(f"               {share:.2%} of the values inside       {change(rounded_inputs(equalized, scales))}")
     both = rounded_inputs(equalized, chosen)
     round_weights(both, patch_moments(both, calibration))
@@ -123,16 +122,17 @@ def show_layers(model, trained, calibration, held_out):
         codec.get_submodule(name).input_range = None
         round_weights(codec, {name: moments[name]})
         inputs = ""
-        if name in EIGHT_BIT:
-            inputs = f"{change(rounded_inputs(equalized, least, [name]))}  {change(rounded_inputs(equalized, largest, [name]))}"
+        if INPUTS[name]:
+            clipped = change(rounded_inputs(equalized, least, [name])) if name in EIGHT_BIT else f"{'16 bits':>17}"
+            inputs = f"{clipped}  {change(rounded_inputs(equalized, largest, [name]))}"
         nearest = to_nearest(copy.deepcopy(equalized), [name])
         print(f"{name:10} {change(nearest)} {change(codec)}  {10 * math.log10(gains[name]):6.1f} dB  {inputs}", flush=True)
 
     print(f"\nquantized and trained     {change(trained)}")
-    eight_bit = [name for name in EIGHT_BIT if trained.get_submodule(name).input_range]
-    for name in eight_bit:
+    rounded = [name for name in INPUTS if trained.get_submodule(name).input_range]
+    for name in rounded:
         print(f"input of {name} float {change(with_float_inputs(trained, [name]))}")
-    print(f"all inputs float          {change(with_float_inputs(trained, eight_bit))}")
+    print(f"all inputs float          {change(with_float_inputs(trained, rounded))}")
 
 
 def variants(model, trained, calibration):
@@ -157,7 +157,7 @@ def variants(model, trained, calibration):
     scales = input_scales(equalized, calibration)
     yield "8-bit weights, nearest", to_nearest(copy.deepcopy(equalized))
     yield "8-bit weights, errors cancel", simulated(with_8_bit_weights(equalized, calibration)[0])
-    yield "h_s alone: 8 bits, in integers", quantized(equalized, [n for n in INPUTS if n.startswith("h_s")])
+    yield "h_s alone, in integers", quantized(equalized, [n for n in INPUTS if n.startswith("h_s")])
     yield "8 bits in all, calibrated", quantized(equalized)
     yield "8 bits as shipped, calibrated", quantized(equalized, float_inputs=trained.quantization.get("float_inputs", ()))
     yield "8 bits as shipped, trained", trained

@@ -63,7 +63,7 @@ class Decoder:
         self.quantized = quantization is not None
         if self.quantized:
             self.float_inputs = ["g_s.conv1", *quantization.pop("float_inputs", [])]
-            if quantization != {"weight_bits": 8, "activation_bits": 8, "h_s": "integer"}:
+            if quantization != {"weight_bits": 8, "activation_bits": 8, "h_s": "16-bit integers"}:
                 raise ValueError(f"this decoder does not know {quantization}")
 
     def layer(self, name, x):
@@ -93,7 +93,7 @@ class Decoder:
             sums = conv(x, weight, bias, stride=1) if name == "h_s.conv3" else deconv(x, weight, bias)
             if name == "h_s.conv3":
                 mean, index = np.split(np.rint(sums * multiplier[:, None, None]), 2)
-            x = np.clip(np.rint(leaky_relu(sums) * multiplier[:, None, None]), -32, 223)
+            x = np.clip(np.rint(leaky_relu(sums) * multiplier[:, None, None]), -8224, 57311)
         return mean / 4096, np.clip(index, 0, 63)
 
     def g_s(self, y):

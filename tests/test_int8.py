@@ -15,7 +15,7 @@ from lic.images import dead_leaves
 from lic.int8 import Int8Convolution, Int8HyperSynthesis, LastConvolution, subpixel
 from lic.integer import IntegerHyperSynthesis
 from lic.metrics import psnr
-from lic.quantization import LEAKY, MAY_BE_FLOAT, QuantizedConv2d
+from lic.quantization import EIGHT_BIT, WIDE, QuantizedConv2d
 
 needs_kernel = pytest.mark.skipif(not int8.available(), reason="this torch or this CPU has no exact int8 convolution")
 
@@ -44,7 +44,7 @@ def test_the_last_layer_in_float_is_an_ordinary_convolution(float_inputs):
 
 
 @needs_kernel
-@pytest.mark.parametrize("name", MAY_BE_FLOAT)
+@pytest.mark.parametrize("name", EIGHT_BIT)
 def test_a_layer_gives_what_was_simulated(quantized, name):
     layer = quantized.get_submodule(name)
     low, high = layer.input_range
@@ -66,7 +66,7 @@ def test_h_s_on_the_kernels_gives_the_same_bits(quantized, loud):
     plain, fast = IntegerHyperSynthesis(quantized.h_s), Int8HyperSynthesis(quantized.h_s)
     assert list(fast.kernels) == [2, 3]
     for layer in (2, 3):  # what the layers see takes all their integers
-        q = torch.randint(-32, 224, (2, plain.get_buffer(f"weight{layer}").shape[layer == 3], 6, 8)).double()
+        q = torch.randint(WIDE[0], WIDE[1] + 1, (2, plain.get_buffer(f"weight{layer}").shape[layer == 3], 6, 8)).double()
         assert torch.equal(fast.sums(layer, q), plain.sums(layer, q))
     for expected, result in zip(plain(z_hat), fast(z_hat)):
         assert torch.equal(result, expected) and expected.unique().numel() > 10
@@ -77,7 +77,7 @@ def test_h_s_on_the_kernels_gives_the_same_bits(quantized, loud):
 @needs_kernel
 def test_h_s_stays_in_float64_where_a_float32_would_round_its_sums(quantized):
     h_s = copy.deepcopy(quantized.h_s)
-    h_s.conv3 = QuantizedConv2d(500, 2, 3, padding=1).attach(nn.Conv2d(500, 2, 3, padding=1), LEAKY)
+    h_s.conv3 = QuantizedConv2d(500, 2, 3, padding=1).attach(nn.Conv2d(500, 2, 3, padding=1), WIDE)
     h_s.conv3.attach_integers()
     h_s.conv3.weight_scale.fill_(1)
     h_s.conv3.multiplier.fill_(1)
@@ -101,7 +101,7 @@ def test_an_input_in_bf16_is_rounded_once(quantized, monkeypatch):
 def test_files_are_decoded_alike_with_and_without_the_kernels(quantized, monkeypatch):
     image, tables = dead_leaves(5, 128), build_tables(quantized)
     fast = ImageCoder(quantized, tables, "0" * 16)
-    assert sum(isinstance(m, Int8Convolution) for n in (fast.g_a, fast.h_a, fast.g_s) for m in n.modules()) == len(MAY_BE_FLOAT)
+    assert sum(isinstance(m, Int8Convolution) for n in (fast.g_a, fast.h_a, fast.g_s) for m in n.modules()) == len(EIGHT_BIT)
     monkeypatch.setattr(int8, "available", lambda: False)
     plain = ImageCoder(quantized, tables, "0" * 16)
     assert fast.h_s.kernels and not plain.h_s.kernels

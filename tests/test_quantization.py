@@ -67,6 +67,8 @@ def test_nothing_is_clipped_in_the_encoder_and_rare_values_are_elsewhere():
         outside = (v > (high + 1e-3) * scales[name]) | (v < (low - 1e-3) * scales[name])
         assert outside.double().mean() < 0.01
         assert not (name.startswith("g_a") and outside.any()), name
+        if name.startswith("h_s"):
+            assert torch.where(v > 0, v / high, v / low).max() == pytest.approx(scales[name] / 2)  # room for twice as much
 
 
 def test_least_error_scale_clips_an_outlier_that_the_largest_value_would_follow():
@@ -88,10 +90,10 @@ def test_weights_have_one_scale_an_output_channel_on_the_right_axis(quantized):
 
 
 @pytest.mark.parametrize("name", [name for name, input_range in INPUTS.items() if input_range])
-def test_inputs_that_claim_8_bits_take_at_most_256_values(quantized, name):
+def test_inputs_that_claim_8_bits_take_at_most_256_values_and_those_of_h_s_65536(quantized, name):
     layer = quantized.get_submodule(name)
-    v = torch.linspace(-400, 400, 5001) * layer.input_scale
-    assert layer.quantized_input(v).unique().numel() == 256
+    v = torch.arange(-70_000, 70_000, 0.5) * layer.input_scale
+    assert layer.quantized_input(v).unique().numel() == (2**16 if name.startswith("h_s") else 2**8)
 
 
 def test_weights_that_were_not_rounded_are_refused(tmp_path):

@@ -16,7 +16,7 @@ from lic.checkpoint import load
 from lic.images import read_image
 from lic.models import Codec, preset_config
 from lic.optimizer import Optimizer
-from lic.quantization import INPUTS
+from lic.quantization import INPUTS, WIDE
 from lic.training import load_state
 
 TRAIN = ["--crop", "64", "--batch", "2"]
@@ -85,7 +85,7 @@ def test_scales_are_trained(pipeline, photos, monkeypatch):
     changed = 0
     for name in INPUTS:
         before, after = calibrated.get_submodule(name), tuned.get_submodule(name)
-        assert torch.equal(before.input_scale, after.input_scale) == (after.input_range is None), name
+        assert torch.equal(before.input_scale, after.input_scale) == (after.input_range in (None, WIDE)), name
         changed += not torch.equal(before.weight_scale, after.weight_scale)
     assert changed > len(INPUTS) // 2  # not all: with the rate so small at the end, a row may round to what it was
 

@@ -1,4 +1,4 @@
-"""Makes the golden files: python tests/golden/make.py (about a minute).
+"""Makes the golden files: python tests/golden/make.py (about a minute; --quantized: only those of the 8-bit codec).
 
 Two small codecs (float and 8-bit, every width another number), files that they wrote, the symbols and
 pixels in them, and every layer's input and output for one image. They are made once and pinned: a test that
@@ -37,8 +37,8 @@ FORCED = {("codec", "noise"): {"g_a.conv4.weight": 30, "h_a.conv3.weight": 0},
           ("quantized", "noise"): {"g_a.conv4.weight": 30, "h_a.conv3.bias": 20_000}}  # fmt: skip
 
 
-def make_checkpoints():
-    """codec.pt, trained for a minute on synthetic images, and quantized.pt, calibrated from it."""
+def make_codec():
+    """codec.pt, trained for a minute on synthetic images."""
     torch.manual_seed(0)
     train, validation = load_images(None, 64)
     held_out = fixed_crops(validation, 2, 64)
@@ -48,8 +48,12 @@ def make_checkpoints():
     fit(model, train, held_out, args)
     Path(args.out + ".state").unlink()
     save(FOLDER / "codec.pt", model, build_tables(model), "train", {"lr": args.lr, "seed": args.seed}, args.steps)
-    meta = load(FOLDER / "codec.pt")[1]
-    calibration = fixed_crops(train, 8, 64)
+
+
+def make_quantized():
+    """quantized.pt, calibrated from codec.pt."""
+    model, meta = load(FOLDER / "codec.pt")
+    calibration = fixed_crops(load_images(None, 64)[0], 8, 64)
     quantize_layers(model, input_scales(model, calibration))
     round_weights(model, patch_moments(model, calibration))
     freeze_h_s(model)
@@ -86,10 +90,10 @@ def make_files():
     for codec, image, quality in (("codec", "leaves", 0), ("codec", "leaves", 1.5), ("codec", "noise", 2),
                                   ("codec", "pixel", 1), ("quantized", "leaves", 2), ("quantized", "noise", 0)):  # fmt: skip
         model, meta = load(FOLDER / f"{codec}.pt")
-        image_coder = ImageCoder(model, meta["tables"], meta["fingerprint"])
         with torch.no_grad():
             for name, factor in FORCED.get((codec, image), {}).items():
                 model.get_parameter(name).mul_(factor)
+        image_coder = ImageCoder(model, meta["tables"], meta["fingerprint"])
         data = image_coder.compress(images()[image], quality)
         name = f"{codec}_{image}_{quality}.lic"
         (FOLDER / name).write_bytes(data)
@@ -117,8 +121,10 @@ def make_layers():
 
 
 if __name__ == "__main__":
-    make_checkpoints()
+    if sys.argv[1:] != ["--quantized"]:
+        make_codec()
+        make_layers()
+    make_quantized()
     for codec in ("codec", "quantized"):
         export(argparse.Namespace(checkpoint=FOLDER / f"{codec}.pt", output=FOLDER / f"{codec}.npz"))
     make_files()
-    make_layers()
