@@ -227,6 +227,8 @@ def importance(model, x, statistics, measure="residual"):
     taylor    first-order change of J when it goes, see `taylor`
     l1        L1 norm of the weights that make it (Li et al., "Pruning filters for efficient ConvNets",
               arXiv:1608.08710); blind to what GDN does after
+
+    Raises ValueError for another measure.
     """
     if measure == "residual":
         return residual(model, statistics)

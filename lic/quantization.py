@@ -92,9 +92,9 @@ class _Quantized:
         channels = layer.weight.shape[self.out_axis]
         shape = [channels if axis == self.out_axis else 1 for axis in range(4)]
         self.register_buffer("weight_scale", torch.zeros(shape))  # 0: the weights are not rounded yet
-        if input_range and input_range != WIDE:
+        if input_range in (SIGNED, LEAKY):
             self.input_scale = nn.Parameter(torch.ones(()))
-        else:  # nothing to gain by training it
+        else:  # not used, or so fine that there is nothing to gain by training it
             self.register_buffer("input_scale", torch.ones(()))
         return self
 
