@@ -3,13 +3,13 @@ VENV := .venv/bin/python
 
 .PHONY: demo test
 
-# The five stages at tiny scale on synthetic images.
+# The five stages at tiny scale on synthetic images, in a folder of their own.
 demo: .venv/installed
-	$(VENV) train.py
-	$(VENV) search.py
-	$(VENV) prune.py
-	$(VENV) quantize.py
-	$(VENV) evaluate.py
+	$(VENV) train.py --out runs/demo/base.pt
+	$(VENV) search.py --checkpoint runs/demo/base.pt --out runs/demo/plan.json
+	$(VENV) prune.py --checkpoint runs/demo/base.pt --plan runs/demo/plan.json --out runs/demo/pruned.pt
+	$(VENV) quantize.py --checkpoint runs/demo/pruned.pt --out runs/demo/quantized.pt
+	$(VENV) evaluate.py runs/demo/base.pt runs/demo/pruned.pt runs/demo/quantized.pt
 
 test: .venv/installed
 	$(VENV) -m pytest tests

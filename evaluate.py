@@ -31,7 +31,6 @@ CLASSICAL = {  # name: (Pillow format, feature to ask for, qualities)
     "webp": ("WEBP", "webp", (1, 5, 15, 30, 50, 70, 85)),
     "avif": ("AVIF", "avif", (15, 30, 40, 50, 60, 75)),
 }
-WEBP_SIDE = 16_383
 ALIVE = 0.001  # bits a position (16x16 pixels for y, 64x64 for z) that a channel must carry to count as alive
 
 
@@ -98,20 +97,23 @@ def measure_classical(images):
         if not features.check(feature):
             print(f"{name}: this Pillow was built without it, left out")
             continue
-        if name == "webp" and max(max(image.shape) for image in images) > WEBP_SIDE:
-            print(f"{name}: ends at {WEBP_SIDE} pixels a side, left out")
-            continue
-        results[name] = []
-        for quality in qualities:
-            rows = []
-            for image in images:
-                buffer = io.BytesIO()
-                Image.fromarray(image).save(buffer, format=form, quality=quality)
-                decoded = np.asarray(Image.open(buffer).convert("RGB"))
-                bpp = 8 * len(buffer.getvalue()) / (image.shape[0] * image.shape[1])
-                rows.append([bpp, psnr(image, decoded), ms_ssim(image, decoded)])
-            results[name].append({"quality": quality, **dict(zip(("bpp", "psnr", "ms_ssim"), np.mean(rows, axis=0).tolist()))})
+        try:
+            results[name] = [measure_quality(images, form, quality) for quality in qualities]
+        except (OSError, ValueError, RuntimeError) as error:  # each ends at some size, WebP at 16,383 pixels a side
+            print(f"{name}: Pillow cannot write these images ({error}), left out")
     return results
+
+
+def measure_quality(images, form, quality):
+    """One quality of one of Pillow's codecs, averaged over the images."""
+    rows = []
+    for image in images:
+        buffer = io.BytesIO()
+        Image.fromarray(image).save(buffer, format=form, quality=quality)
+        decoded = np.asarray(Image.open(buffer).convert("RGB"))
+        bpp = 8 * len(buffer.getvalue()) / (image.shape[0] * image.shape[1])
+        rows.append([bpp, psnr(image, decoded), ms_ssim(image, decoded)])
+    return {"quality": quality, **dict(zip(("bpp", "psnr", "ms_ssim"), np.mean(rows, axis=0).tolist()))}
 
 
 def points(rows):
@@ -124,13 +126,16 @@ def show_bd_rates(ours, others):
     ours, others: {name: [(bpp, PSNR)]}; both serve as anchors.
     """
     print("\nPSNR BD-rate of each checkpoint (column) against each curve (row); negative: smaller files at equal PSNR")
-    print(" " * 44 + "".join(f"{Path(name).name:>15}" for name in ours))
+    labels = [Path(name).name for name in ours]
+    labels = labels if len(set(labels)) == len(labels) else list(ours)
+    width = max(15, *(len(label) + 2 for label in labels))
+    print(" " * 44 + "".join(f"{label:>{width}}" for label in labels))
     reasons = {}  # the same for a curve wherever it is met
     for name, anchor in (ours | others).items():
         row = f"{name:44}"
         for test_name, test in ours.items():
             percent, why = bd_rate(anchor, test)
-            row += f"{'-':>15}" if why else f"{percent:+13.2f} %"
+            row += f"{'-' if why else f'{percent:+.2f} %':>{width}}"
             if why:
                 reasons[why.replace("the first curve", name).replace("the second curve", test_name)] = None
         print(row)

@@ -15,7 +15,7 @@ import numpy as np
 
 from lic import nas
 from lic.checkpoint import load, load_plan
-from lic.files import LicError, check_writable, run, write_bytes
+from lic.files import LicError, check_writable, run, warn_of_slow_bf16, write_bytes
 from lic.images import fixed_crops, load_images
 from lic.pruning import importance, most_important, narrow, observe
 from lic.training import count, mean_loss, positive_float, positive_int
@@ -48,6 +48,8 @@ def main():
     if not 0 < args.target < 1:
         raise LicError(f"--target {args.target}: give the share to remove, between 0 and 1")
     check_writable(args.out)
+    if args.amp:
+        warn_of_slow_bf16()
     start = time.monotonic()
     model, meta = load(args.checkpoint, stages=("train", "control", "prune"))
     train, _ = load_images(args.data, args.crop)
@@ -79,10 +81,9 @@ def main():
             table = nas.sensitivities(model.config, rise)
         alpha, widths, S = nas.adaptive_search(table, model.config, args.target, args.of)
         print(f"alpha {alpha:.5f}")
-    if abs(S - args.target) > args.delta:
-        raise LicError(f"no plan removes {args.target:.0%} of {args.of} within {args.delta:.0%}; "
-                       f"the nearest removes {S:.1%}: change --target or --delta")  # fmt: skip
-    if args.method == "evolve":
+    missed = abs(S - args.target) > args.delta
+    out = args.out + ".nearest" if missed else args.out
+    if args.method == "evolve" and not missed:
         widths = nas.evolve(rise, widths, model.config, args.of, args.tries, np.random.default_rng(args.seed))
 
     J_zeros, J_folded = (mean_loss(narrow(model, keep(widths), s), x, args.amp) for s in (None, statistics))
@@ -93,13 +94,16 @@ def main():
             "keep": {group: indices.tolist() for group, indices in keep(widths).items()},
             "sparsity": sparsity, "sensitivity": table,
             "J": J.tolist(), "J_zeros": J_zeros.tolist(), "J_folded": J_folded.tolist()}  # fmt: skip
-    write_bytes(args.out, json.dumps(plan, indent=1).encode())
+    write_bytes(out, json.dumps(plan, indent=1).encode())
 
     print("kept:", "  ".join(f"{g} {w}/{model.config['widths'][g]}" for g, w in widths.items()))
     print(f"removed: {sparsity['params']:.1%} of the parameters, {sparsity['macs']:.1%} of the multiply-accumulates")
     for what, losses in {"dense": J, "cut and folded": J_folded, "cut, not folded": J_zeros}.items():
         print(f"J a level, {what:20}", *(f"{v:.4f}" for v in losses))
-    print(f"wrote {args.out} after {time.monotonic() - start:.0f} s")
+    print(f"wrote {out} after {time.monotonic() - start:.0f} s")
+    if missed:
+        raise LicError(f"no plan removes {args.target:.0%} of {args.of} within {args.delta:.0%}; the nearest removes {S:.1%}: change "
+                       f"--target or --delta" + f"; --sensitivities {out} saves measuring again" * bool(table))  # fmt: skip
 
 
 if __name__ == "__main__":

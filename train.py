@@ -53,6 +53,7 @@ def main():
     fit(model, train, held_out, args, parent=parent and parent["fingerprint"])
 
     metrics = {"held_out_J": mean_loss(model, held_out).tolist()}
+    print("held_out_J", *(f"{v:.4f}" for v in metrics["held_out_J"]))
     save(args.out, model, build_tables(model), stage, vars(args), args.steps, parent=parent, metrics=metrics)
     print(f"wrote {args.out}")
 

@@ -99,7 +99,7 @@ def classical(image, form, size):
         buffer = io.BytesIO()
         try:
             Image.fromarray(image).save(buffer, format=form, quality=quality)
-        except ValueError as error:  # WebP ends at 16,383 pixels a side
+        except (OSError, ValueError) as error:  # JPEG ends at 65,500 pixels a side, WebP at 16,383
             raise LicError(f"Pillow cannot write this image as {form}: {error}") from error
         return buffer
 
@@ -113,6 +113,8 @@ def classical(image, form, size):
 
 def compare(args):
     check_output(args.output, ".png")
+    if Path(args.output).exists():  # what reads like `compare original.png decoded.png` must not overwrite the second
+        raise LicError(f"{args.output} exists; compare takes one image and writes another: give the name of a new file")
     image = read_image(args.input)
     height, width = image.shape[:2]
     x, y = args.at or (max(0, (width - args.crop) // 2), max(0, (height - args.crop) // 2))

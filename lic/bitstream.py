@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from lic import coder, int8
 from lic.entropy import LOG_SCALE_MIN, LOG_SCALE_STEP, SCALE_LEVELS
-from lic.files import BadStream, LicError
+from lic.files import BadStream, LicError, warn_of_slow_bf16
 from lic.images import to_tensor
 from lic.integer import MAX_SYMBOL
 from lic.models import STRIDE
@@ -80,6 +80,8 @@ class ImageCoder:
         self.h_s = int8.Int8HyperSynthesis(h_s) if model.quantization else h_s.double()
         self.g_a, self.h_a, self.g_s = model.g_a, model.h_a, model.g_s
         if model.log_gain.device.type == "cpu":
+            if amp:
+                warn_of_slow_bf16()
             self.g_a, self.h_a, self.g_s = (int8.convert(network) for network in (model.g_a, model.h_a, model.g_s))
         self.tables = tables
         self.fingerprint = bytes.fromhex(fingerprint)[:8]

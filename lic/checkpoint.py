@@ -21,6 +21,7 @@ from lic.models import Codec
 from lic.pruning import GROUPS
 from lic.quantization import pack, quantize_layers, unpack
 
+PLAN_KEYS = {"method", "importance", "target", "of", "alpha", "ratio", "lambdas", "sparsity", "sensitivity"}  # and those looked into below
 FORMAT, VERSION = "lic checkpoint", 2  # version 1 had ReLUs in the hyper networks
 
 
@@ -101,7 +102,7 @@ def load_plan(path, baseline=None):
     try:
         plan = json.loads(read_bytes(path))
         complete = plan["format"] == "lic plan" and all(len(plan["keep"][g]) == plan["widths"][g] > 0 for g in GROUPS)
-        complete = complete and isinstance(plan["baseline"], str)
+        complete = complete and isinstance(plan["baseline"], str) and PLAN_KEYS <= plan.keys()
     except (ValueError, KeyError, TypeError, AttributeError):
         complete = False
     if not complete:

@@ -1,6 +1,7 @@
-"""The border to the operating system: errors as one sentence, files whole or not at all, memory kept."""
+"""The border to the operating system and the machine: errors as one sentence, files whole or not at all, memory kept."""
 
 import ctypes
+import functools
 import io
 import os
 import pickle
@@ -38,6 +39,13 @@ def keep_freed_memory():
         return False
     kept = mallopt(M_MMAP_THRESHOLD, 2**28) or mallopt(M_MMAP_THRESHOLD, 2**25)
     return bool(kept and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+@functools.cache
+def warn_of_slow_bf16():
+    """Say, once, that this CPU has no fast bf16 if torch finds AVX2 on it and no more (docs/training.md has the figures)."""
+    if torch.backends.cpu.get_cpu_capability() == "AVX2":
+        print("warning: without AVX-512 this CPU computes bf16 several times slower than float32; leave out --amp", file=sys.stderr)
 
 
 def run(main):

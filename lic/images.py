@@ -46,7 +46,7 @@ def read_image(path):
                 image = image.convert("RGBA")
                 white = Image.new("RGBA", image.size, "white")
                 image = Image.alpha_composite(white, image)
-            return np.asarray(image.convert("RGB"))
+            return np.array(image.convert("RGB"))  # a copy, which torch may share
     except (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError) as error:
         raise LicError(f"cannot read {path} as an image: {error}") from error
 
@@ -56,7 +56,9 @@ def find_images(folder):
     folder = Path(folder)
     if not folder.is_dir():
         raise LicError(f"{folder} is not a folder; --data takes a folder of images")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    paths = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    paths = [path for path in paths if not path.name.startswith(".")]  # macOS puts a ._name.png beside name.png
+    paths.sort(key=lambda path: path.parts)  # upper case first also on Windows: the same images are held out
     if not paths:
         raise LicError(f"no images below {folder}; looked for {' '.join(sorted(SUFFIXES))}")
     return paths

@@ -50,7 +50,7 @@ class Int8Convolution(nn.Module):
     def forward(self, x):
         """(B, in, h, w) -> what the layer makes of it, (B, out, h', w')."""
         # in float32: bf16 has no room for both the integer and its fraction
-        q = x.float().mul(1 / self.input_scale).round_().add_(self.zero_point).clamp_(0, self.largest).to(torch.uint8)
+        q = x.float().div(self.input_scale).round_().add_(self.zero_point).clamp_(0, self.largest).to(torch.uint8)
         dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") and not self.integers else torch.float32
         out = torch.ops.onednn.qconv2d_pointwise(
             q.contiguous(memory_format=torch.channels_last), self.input_scale, self.zero_point, self.packed,

@@ -113,7 +113,8 @@ class _Quantized:
             return x
         # its gradient sums over x; without this factor, LSQ's, it would drown the others when their norm is clipped
         scale = ScaleGradient.apply(self.input_scale, (x.numel() * self.input_range[1]) ** -0.5)
-        return fake_quantize(x, scale, *self.input_range)
+        # in float32 at least: bf16 has no room for both the integer and its fraction
+        return fake_quantize(x.to(torch.promote_types(x.dtype, torch.float32)), scale, *self.input_range)
 
 
 class QuantizedConv2d(_Quantized, nn.Conv2d):

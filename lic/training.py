@@ -11,14 +11,16 @@ and the learning rate is a function of the step and the number of steps. (Exact 
 in no fixed order.)
 """
 
+import argparse
 import signal
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from lic.files import UNREADABLE, LicError, read_tensors, write_tensors
+from lic.files import UNREADABLE, LicError, read_tensors, warn_of_slow_bf16, write_tensors
 from lic.images import random_crops
 from lic.optimizer import Optimizer
 
@@ -27,25 +29,24 @@ class Interrupted(LicError):
     status = 130
 
 
-def positive_int(text):
-    """An argparse type: a whole number from 1 up."""
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
+def number(kind, accepted, description):
+    """An argparse type: int or float, if it is accepted; else argparse prints what it should be."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not accepted(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {description}")
+        return value
+
+    return parse
 
 
-def count(text):
-    """An argparse type: a whole number from 0 up."""
-    if int(text) < 0:
-        raise ValueError
-    return int(text)
-
-
-def positive_float(text):
-    """An argparse type: a positive finite number."""
-    if not 0 < float(text) < float("inf"):
-        raise ValueError
-    return float(text)
+positive_int = number(int, lambda value: value >= 1, "a whole number from 1 up")
+count = number(int, lambda value: value >= 0, "a whole number from 0 up")
+positive_float = number(float, lambda value: 0 < value < float("inf"), "a positive finite number")
 
 
 def add_training_arguments(parser, steps, lr, out):
@@ -121,21 +122,26 @@ def fit(model, train, held_out, args, parent=None):
     train: list of (H, W, 3) uint8; held_out: (B, 3, H, W), whose J is printed at each save; parent:
     what else the weights at step 0 came from, plain values, so that --resume notices another.
     Saves to OUT.state at intervals and on Ctrl-C or SIGTERM, then raises Interrupted; raises
-    LicError at the first gradient that is not finite. --resume takes another args.steps if the warm-up is the
-    same and the decline of the learning rate has not begun.
+    LicError at the first gradient that is not finite, and before an OUT.state of a run that has not ended would be
+    lost. --resume takes another args.steps if the warm-up is the same and the decline of the learning rate has not begun.
     """
     if args.device == "cuda" and not torch.cuda.is_available():
         raise LicError("--device cuda: this torch sees no GPU; leave the option out")
+    if args.amp and args.device == "cpu":
+        warn_of_slow_bf16()
+    state_path = args.out + ".state"
+    if not args.resume:
+        check_ended(state_path)
     torch.backends.cudnn.benchmark = True  # the shapes never change
     model.to(args.device, memory_format=torch.channels_last)
     # a step is a thousand small kernels, which take longer to launch than to run; this mode records them as CUDA graphs
     forward = torch.compile(model, mode="reduce-overhead") if args.compile else model
-    train, held_out = [torch.tensor(image, device=args.device) for image in train], held_out.to(args.device)
+    train, held_out = [torch.from_numpy(image).to(args.device) for image in train], held_out.to(args.device)
     optimizer = Optimizer(model)
-    settings = {k: vars(args)[k] for k in ("data", "steps", "batch", "crop", "lr", "amp", "seed")}
+    settings = {k: vars(args)[k] for k in ("steps", "batch", "crop", "lr", "amp", "seed")}
+    settings |= {"data": args.data and Path(args.data).name}  # photos, photos/ and ../photos are the same
     settings |= {"images": [len(train), sum(image.numel() for image in train)]}  # another photograph would shift every crop
     settings |= {"config": model.config, "quantization": model.quantization, "parent": parent, "recipe": "Muon and Adam, leaky ReLU, decline over two thirds"}
-    state_path = args.out + ".state"
     first = load_state(state_path, model, optimizer, settings) if args.resume else 0
     lambdas = torch.tensor(model.lambdas, device=args.device)
     weights = level_weights(model.lambdas).to(args.device)
@@ -211,6 +217,19 @@ def save_state(path, model, optimizer, step, settings):
     """Write what --resume needs; settings: plain values that must not change in between."""
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "settings": settings}
     write_tensors(path, state)
+
+
+def check_ended(path):
+    """Raises LicError if `path` holds the state of a run that was stopped: a new run would write over it."""
+    if not Path(path).exists():
+        return
+    state = read_tensors(path, otherwise=f"{path} is in the way and no training state; remove it")
+    try:
+        done, steps = state["step"], state["settings"]["steps"]
+    except UNREADABLE as error:
+        raise LicError(f"{path} is in the way and no training state; remove it") from error
+    if done < steps:
+        raise LicError(f"{path} holds a run that was stopped at step {done} of {steps}; go on with --resume, or remove the file")
 
 
 def load_state(path, model, optimizer, settings):

@@ -155,6 +155,23 @@ def test_folders_are_searched_recursively_and_must_hold_images(tmp_path, photos)
         load_images(photos, 128)
 
 
+def test_files_that_are_no_images_and_the_case_of_names_do_not_matter(tmp_path):
+    """Every 16th image is held out: the order must be the same everywhere."""
+    for name in ("b.png", "B.PNG", "a/c.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        save_image(tmp_path / name, np.zeros((4, 4), np.uint8))
+    (tmp_path / "._b.png").write_bytes(b"of macOS")
+    (tmp_path / "folder.png").mkdir()
+    assert [path.relative_to(tmp_path).as_posix() for path in find_images(tmp_path)] == ["B.PNG", "a/c.png", "b.png"]
+
+
+@pytest.mark.parametrize("option, value, what", [("--steps", "abc", "a whole number from 0 up"), ("--batch", 0, "a whole number from 1 up"),
+                                                 ("--lr", "nan", "a positive finite number")])  # fmt: skip
+def test_a_bad_number_is_told_what_it_should_be(option, value, what, monkeypatch, capsys):
+    assert run_script(monkeypatch, "train.py", option, value) == 2
+    assert f"{option}: '{value}' is not {what}" in capsys.readouterr().err
+
+
 def test_crops_are_pieces_of_the_images_determined_by_the_generator():
     images = [dead_leaves(seed, 64) for seed in range(2)]
     a, b = (random_crops([torch.from_numpy(image) for image in images], 4, 32, np.random.default_rng(5)) for _ in range(2))
@@ -287,3 +304,14 @@ def test_freed_memory_is_kept():
     faults = [int(subprocess.run([sys.executable, "-c", program, root, word], capture_output=True, check=True).stdout)
               for word in ("keep", "give")]  # fmt: skip
     assert faults[0] < 100 and faults[1] > 1000
+
+
+@pytest.mark.parametrize("capability, times", [("AVX2", 1), ("AVX512", 0), ("DEFAULT", 0)])  # the last: also an ARM's
+def test_amp_on_a_cpu_without_fast_bf16_is_warned_of_once(capability, times, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    files.warn_of_slow_bf16.cache_clear()
+    golden = Path(__file__).parent / "golden"
+    compress = ["lic/__main__.py", "compress", golden / "pixel.png", tmp_path / "a.lic", "--quality", 1, "--checkpoint", golden / "codec.pt"]
+    assert run_script(monkeypatch, *compress) == 0 and capsys.readouterr().err == ""
+    assert run_script(monkeypatch, *compress, "--amp") == run_script(monkeypatch, *compress, "--amp") == 0
+    assert capsys.readouterr().err.count("leave out --amp") == times

@@ -35,6 +35,16 @@ def quantized():
     return quantized_codec()
 
 
+def test_an_input_in_bf16_is_rounded_once(quantized):
+    """With --amp layers hand on bf16, in which a 16-bit integer has no room, and an 8-bit one none for its fraction."""
+    for name in ("g_a.conv2", "h_s.conv3"):
+        layer = quantized.get_submodule(name)
+        low, high = layer.input_range
+        x = (torch.linspace(low, high, 5000) * layer.input_scale.detach()).bfloat16()
+        assert torch.equal(layer.quantized_input(x), layer.quantized_input(x.float())), name
+        assert layer.quantized_input(x.double()).dtype == torch.float64
+
+
 @pytest.mark.parametrize("low, high", [SIGNED, LEAKY, WEIGHT])
 def test_fake_quantization_stays_on_the_integer_grid_and_clips(low, high):
     v = torch.linspace(-3, 3, 999)

@@ -11,8 +11,10 @@ import torch
 from helpers import ROOT, run_script
 from PIL import Image
 
+import evaluate
 import prune
-from lic.checkpoint import load
+from lic.checkpoint import load, load_plan
+from lic.files import LicError
 from lic.images import read_image
 from lic.models import Codec, preset_config
 from lic.optimizer import Optimizer
@@ -116,6 +118,24 @@ def test_a_target_that_no_plan_reaches_is_refused(pipeline, photos, monkeypatch,
     assert not (pipeline / "no.json").exists()
 
 
+def test_what_was_measured_outlives_a_target_that_was_missed(pipeline, photos, monkeypatch, capsys):
+    search = ["search.py", "--checkpoint", pipeline / "base.pt", "--data", photos, "--crop", 64, "--crops", 2, "--delta", 0.001]
+    out = pipeline / "missed.json"
+    assert run_script(monkeypatch, *search, "--target", 0.99, "--sensitivities", pipeline / "plan.json", "--out", out) == 2
+    assert f"--sensitivities {out}.nearest saves" in capsys.readouterr().err and not out.exists()
+    nearest, first = load_plan(f"{out}.nearest"), load_plan(pipeline / "plan.json")
+    assert nearest["sensitivity"] == first["sensitivity"] and nearest["sparsity"]["params"] > first["sparsity"]["params"]
+
+
+@pytest.mark.parametrize("key", ["lambdas", "alpha", "sensitivity", "widths"])
+def test_a_plan_in_which_something_is_missing_is_refused(key, pipeline):
+    plan = json.loads((pipeline / "plan.json").read_text())
+    del plan[key]
+    (pipeline / "lacks.json").write_text(json.dumps(plan))
+    with pytest.raises(LicError, match="is not a plan"):
+        load_plan(pipeline / "lacks.json")
+
+
 def test_evolution_starts_from_the_threshold_plan_and_its_sensitivities(pipeline, photos, monkeypatch, capsys):
     search = ["--checkpoint", pipeline / "base.pt", "--data", photos, "--crop", 64, "--crops", 2, "--target", 0.4, "--delta", 0.1]
     arguments = [*search, "--method", "evolve", "--tries", 3, "--sensitivities", pipeline / "plan.json"]
@@ -187,6 +207,21 @@ def test_a_flat_picture_is_evaluated_and_gives_valid_json(pipeline, tmp_path, mo
     result = json.loads((tmp_path / "e.json").read_text(), parse_constant=pytest.fail)
     assert result["classical"]["jpeg"][-1]["psnr"] is None
     assert "not comparable: jpeg has points that are not finite" in capsys.readouterr().out
+
+
+def test_checkpoints_of_the_same_name_are_told_apart(capsys):
+    curve = [(0.1 * 2**k, 30.0 + k) for k in range(4)]
+    evaluate.show_bd_rates({"a/base.pt": curve, "runs/of/some/other/base.pt": curve}, {})
+    lines = capsys.readouterr().out.splitlines()[2:]
+    assert lines[0].split() == ["a/base.pt", "runs/of/some/other/base.pt"]
+    assert len({len(line) for line in lines}) == 1  # columns below their names
+    evaluate.show_bd_rates({"a/base.pt": curve, "a/pruned.pt": curve}, {})
+    assert capsys.readouterr().out.splitlines()[2].split() == ["base.pt", "pruned.pt"]
+
+
+def test_classical_codecs_that_cannot_write_an_image_are_left_out(capsys):
+    assert evaluate.measure_classical([np.zeros((1, 70_000, 3), np.uint8)]) == {}
+    assert capsys.readouterr().out.count("left out") == 3
 
 
 def test_an_image_beyond_the_limit_is_named_before_anything_is_measured(pipeline, tmp_path, monkeypatch, capsys):

@@ -1,8 +1,10 @@
-"""Makes the golden files: python tests/golden/make.py (about a minute; --quantized: only those of the 8-bit codec).
+"""Makes the golden files: python tests/golden/make.py (about a minute; --quantized: only those of the 8-bit codec;
+--shipped: only those of the codecs in checkpoints/).
 
 Two small codecs (float and 8-bit, every width another number), files that they wrote, the symbols and
 pixels in them, and every layer's input and output for one image. They are made once and pinned: a test that
 fails against them says that something changed what old files decode to. Make them anew only for a new format.
+Those of the shipped codecs are made anew with each new checkpoint.
 """
 
 import argparse
@@ -17,7 +19,7 @@ FOLDER = Path(__file__).parent
 sys.path[:0] = [str(FOLDER.parent.parent)]
 
 from lic import coder  # noqa: E402
-from lic.__main__ import export  # noqa: E402
+from lic.__main__ import export, image_coder  # noqa: E402
 from lic.bitstream import ImageCoder, build_tables, padded  # noqa: E402
 from lic.checkpoint import load, save  # noqa: E402
 from lic.images import dead_leaves, fixed_crops, load_images  # noqa: E402
@@ -29,6 +31,7 @@ from lic.training import fit  # noqa: E402
 
 WIDTHS = {"g_a.1": 9, "g_a.2": 10, "g_a.3": 11, "y": 12, "g_s.1": 13, "g_s.2": 14, "g_s.3": 15,
           "h_a.1": 7, "h_a.2": 6, "z": 5, "h_s.1": 8, "h_s.2": 16}  # fmt: skip
+SHIPPED = ("base", "pruned", "quantized")
 
 
 # Encoders out of tune, whose files a decoder must take all the same: y far outside the tables of many scales,
@@ -43,7 +46,7 @@ def make_codec():
     train, validation = load_images(None, 64)
     held_out = fixed_crops(validation, 2, 64)
     model = Codec({"widths": WIDTHS, "lambdas": [0.0035, 0.013, 0.0483]})
-    args = argparse.Namespace(data=None, steps=3000, batch=8, crop=64, lr=3e-3, amp=False, device="cpu", seed=0,
+    args = argparse.Namespace(data=None, steps=3000, batch=8, crop=64, lr=3e-3, amp=False, compile=False, device="cpu", seed=0,
                               save_every=3000, out=str(FOLDER / "codec.pt"), resume=False)  # fmt: skip
     fit(model, train, held_out, args)
     Path(args.out + ".state").unlink()
@@ -104,6 +107,19 @@ def make_files():
     np.savez_compressed(FOLDER / "decoded.npz", **decoded)
 
 
+def make_shipped():
+    """shipped/NAME.lic, one file of each codec in checkpoints/, and every fourth pixel in it. A decoder that reads
+    one other symbol in it refuses it."""
+    image, pixels = dead_leaves(7, 384)[:256], {}
+    for name in SHIPPED:
+        codec = image_coder(FOLDER.parent.parent / "checkpoints" / f"{name}.pt")
+        data = codec.compress(image, 4)
+        (FOLDER / "shipped" / f"{name}.lic").write_bytes(data)
+        pixels[name] = codec.decompress(data)[::4, ::4]
+        print(f"shipped/{name}.lic: {len(data)} bytes")
+    np.savez_compressed(FOLDER / "shipped" / "pixels.npz", **pixels)
+
+
 @torch.inference_mode()
 def make_layers():
     """Input of each network ("g_a") and output of each layer ("g_a.conv1") of codec.pt, for the upper left
@@ -121,6 +137,8 @@ def make_layers():
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] == ["--shipped"]:
+        sys.exit(make_shipped())
     if sys.argv[1:] != ["--quantized"]:
         make_codec()
         make_layers()
@@ -128,3 +146,4 @@ if __name__ == "__main__":
     for codec in ("codec", "quantized"):
         export(argparse.Namespace(checkpoint=FOLDER / f"{codec}.pt", output=FOLDER / f"{codec}.npz"))
     make_files()
+    make_shipped()
