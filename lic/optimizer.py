@@ -3,16 +3,36 @@
 Adam scales each weight by itself. Muon replaces the momentum matrix of a layer by the nearest orthogonal
 one, so that every direction of the layer moves equally far, also those in which the gradient is small:
 
-    B = 0.95 B + G        step = orthogonalized(G + 0.95 B), scaled to Adam's usual size
+    M = 0.95 M + 0.05 G        W = W - lr 0.2 sqrt(max(rows, columns)) orthogonal(0.05 G + 0.95 M)
 
-Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (2024); the scale is that of
-Liu et al., "Muon is scalable for LLM training", arXiv:2502.16982. What it gains is in docs/training.md.
+Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (2024); the scale, which gives a step
+the usual size of Adam's, is that of Liu et al., "Muon is scalable for LLM training", arXiv:2502.16982. What it
+gains is in docs/training.md, as is why torch.optim.Muon, which computes in bf16, is not used.
 """
 
 import torch
-from torch import nn
 
 CLIP_NORM = 1.0  # of what Adam trains; Muon's step does not depend on the size of the gradient
+MOMENTUM = 0.95
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan's: five times this polynomial takes singular values to about 1
+
+
+def orthogonal(G):
+    """The factor U V^T of G = U S V^T, G (r, c) -> (r, c), with singular values of 0.7 to 1.2 in the place of 1.
+
+    Newton-Schulz: X <- a X + b (X X^T) X + c (X X^T)^2 X. All iterations multiply X from the left by polynomials of
+    A = X X^T, so they are made on A, which is small, and X is multiplied once at the end.
+    """
+    if len(G) > G.shape[1]:
+        return orthogonal(G.T).T
+    a, b, c = NEWTON_SCHULZ
+    X = G / G.norm().clamp(min=1e-7)
+    A, product, one = X @ X.T, None, torch.eye(len(G), device=G.device)
+    for _ in range(5):
+        P = a * one + b * A + c * A @ A
+        A = P @ A @ P
+        product = P if product is None else P @ product
+    return product @ X
 
 
 class Optimizer:
@@ -21,32 +41,34 @@ class Optimizer:
     def __init__(self, model):
         self.kernels = [p for p in model.parameters() if p.ndim == 4]
         self.others = [p for p in model.parameters() if p.ndim != 4]
-        self.matrices = [nn.Parameter(self.matrix(p.detach())) for p in self.kernels]  # torch's Muon takes no other shape
-        self.muon = torch.optim.Muon(self.matrices, weight_decay=0, adjust_lr_fn="match_rms_adamw")
+        self.momentum = [torch.zeros_like(self.matrix(kernel)) for kernel in self.kernels]
         self.adam = torch.optim.Adam(self.others)
 
     @staticmethod
     def matrix(kernel):
         """(c, c', kh, kw), channels_last -> (c, kh kw c'), the same memory."""
-        return kernel.permute(0, 2, 3, 1).view(len(kernel), -1)
+        return kernel.detach().permute(0, 2, 3, 1).view(len(kernel), -1)
 
+    @torch.no_grad()
     def step(self, lr):
         """One step along the gradients, which are then cleared; returns their norm, a tensor: to look at it waits for a GPU."""
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.kernels + self.others])
+        for kernel, momentum in zip(self.kernels, self.momentum):
+            gradient, weight = self.matrix(kernel.grad.contiguous(memory_format=torch.channels_last)), self.matrix(kernel)
+            momentum.lerp_(gradient, 1 - MOMENTUM)
+            weight.sub_(orthogonal(gradient.lerp(momentum, MOMENTUM)), alpha=lr * 0.2 * max(weight.shape) ** 0.5)
         torch.nn.utils.clip_grad_norm_(self.others, CLIP_NORM)
-        for kernel, matrix in zip(self.kernels, self.matrices):
-            matrix.grad = self.matrix(kernel.grad.contiguous(memory_format=torch.channels_last))
-        for optimizer in (self.muon, self.adam):
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.step()
-        for parameter in self.kernels + self.others + self.matrices:
+        for group in self.adam.param_groups:
+            group["lr"] = lr
+        self.adam.step()
+        for parameter in self.kernels + self.others:
             parameter.grad = None
         return norm
 
     def state_dict(self):
-        return {"muon": self.muon.state_dict(), "adam": self.adam.state_dict()}
+        return {"momentum": self.momentum, "adam": self.adam.state_dict()}
 
     def load_state_dict(self, state):
-        self.muon.load_state_dict(state["muon"])
+        for momentum, saved in zip(self.momentum, state["momentum"], strict=True):
+            momentum.copy_(saved)
         self.adam.load_state_dict(state["adam"])

@@ -141,7 +141,7 @@ def fit(model, train, held_out, args, parent=None):
     settings = {k: vars(args)[k] for k in ("steps", "batch", "crop", "lr", "amp", "seed")}
     settings |= {"data": args.data and Path(args.data).name}  # photos, photos/ and ../photos are the same
     settings |= {"images": [len(train), sum(image.numel() for image in train)]}  # another photograph would shift every crop
-    settings |= {"config": model.config, "quantization": model.quantization, "parent": parent, "recipe": "Muon and Adam, leaky ReLU, decline over two thirds"}
+    settings |= {"config": model.config, "quantization": model.quantization, "parent": parent, "recipe": "Muon in float32 and Adam, leaky ReLU, decline over two thirds"}
     first = load_state(state_path, model, optimizer, settings) if args.resume else 0
     lambdas = torch.tensor(model.lambdas, device=args.device)
     weights = level_weights(model.lambdas).to(args.device)

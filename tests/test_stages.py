@@ -265,9 +265,9 @@ def test_command_line_there_and_back(pipeline, photos):
 def states_of(path):
     state = torch.load(path, weights_only=True)
     tensors = {f"model.{k}": v for k, v in state["model"].items()}
-    for name, optimizer in state["optimizer"].items():
-        for index, slots in optimizer["state"].items():
-            tensors |= {f"{name}.{index}.{k}": v for k, v in slots.items()}
+    tensors |= {f"momentum.{index}": v for index, v in enumerate(state["optimizer"]["momentum"])}
+    for index, slots in state["optimizer"]["adam"]["state"].items():
+        tensors |= {f"adam.{index}.{k}": v for k, v in slots.items()}
     return state["step"], tensors
 
 

@@ -6,7 +6,7 @@ import torch
 from helpers import lively_codec, photo_like
 
 from lic.files import LicError
-from lic.optimizer import Optimizer
+from lic.optimizer import NEWTON_SCHULZ, Optimizer, orthogonal
 from lic.training import learning_rate, load_state, rate_distortion, save_state
 
 
@@ -34,9 +34,8 @@ def test_every_parameter_is_trained_by_exactly_one_optimizer():
     optimizer = Optimizer(model.to(memory_format=torch.channels_last))
     assert len(optimizer.kernels) == 14 and all(p.ndim == 4 for p in optimizer.kernels)
     assert sorted(map(id, optimizer.kernels + optimizer.others)) == sorted(map(id, model.parameters()))
-    assert list(map(id, optimizer.muon.param_groups[0]["params"])) == list(map(id, optimizer.matrices))
     assert list(map(id, optimizer.adam.param_groups[0]["params"])) == list(map(id, optimizer.others))
-    assert all(m.data_ptr() == k.data_ptr() for m, k in zip(optimizer.matrices, optimizer.kernels))
+    assert all(optimizer.matrix(k).data_ptr() == k.data_ptr() for k in optimizer.kernels)
 
 
 def test_one_step_moves_everything_and_a_kernel_in_all_directions_alike():
@@ -47,6 +46,40 @@ def test_one_step_moves_everything_and_a_kernel_in_all_directions_alike():
             step = (p.detach() - before[name]).flatten(1)
             values = torch.linalg.svdvals(step) / (0.2 * 1e-3 * max(step.shape) ** 0.5)
             assert 0.4 < values.min() and values.max() < 1.4, name  # orthogonal but for 5 Newton-Schulz iterations
+
+
+@pytest.mark.parametrize("shape", [(64, 1600), (192, 75), (1, 25)])
+@pytest.mark.parametrize("octaves", [0, 10, 40], ids=lambda octaves: f"singular values over {octaves} octaves")
+def test_orthogonal_is_newton_schulz_on_the_singular_values(shape, octaves):
+    generator = torch.Generator().manual_seed(0)
+    U, S, Vt = torch.linalg.svd(torch.randn(shape, generator=generator, dtype=torch.float64), full_matrices=False)
+    S = S * 2 ** -torch.linspace(0, octaves, len(S), dtype=torch.float64)
+    a, b, c = NEWTON_SCHULZ
+    expected = S / S.norm()
+    for _ in range(5):
+        expected = a * expected + b * expected**3 + c * expected**5
+    result = orthogonal((U * S @ Vt).float()).double()
+    assert (result - U * expected @ Vt).norm() < 2e-3 * expected.norm()
+    assert torch.equal(orthogonal(torch.zeros(shape)), torch.zeros(shape))
+
+
+def test_kernels_are_trained_as_by_torchs_muon_but_for_its_bf16():
+    model = lively_codec().to(memory_format=torch.channels_last)
+    optimizer = Optimizer(model)
+    matrices = [torch.nn.Parameter(optimizer.matrix(kernel).clone()) for kernel in optimizer.kernels]
+    muon = torch.optim.Muon(matrices, lr=1e-2, weight_decay=0, adjust_lr_fn="match_rms_adamw")
+    start = [matrix.detach().clone() for matrix in matrices]
+    torch.manual_seed(0)
+    for _ in range(4):
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        for kernel, matrix in zip(optimizer.kernels, matrices):
+            matrix.grad = optimizer.matrix(kernel.grad).clone()
+        optimizer.step(1e-2)
+        muon.step()
+    for kernel, matrix, before in zip(optimizer.kernels, matrices, start):
+        moved, expected = optimizer.matrix(kernel) - before, matrix.detach() - before
+        assert (moved - expected).norm() < 0.05 * expected.norm()
 
 
 def test_a_kernels_step_does_not_depend_on_the_size_of_the_gradient():
