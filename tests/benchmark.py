@@ -1,7 +1,7 @@
 """Times and memory of the parts, printed, not asserted: python tests/benchmark.py
 
-Widths are those of preset `base` (N=128, M=192) where an image is coded and of `small` where a
-step is trained; weights are random, latents are drawn so that every table is used.
+Widths are those of preset `base` (N=128, M=192) where an image is coded, of `small` and `base`
+where a step is trained; weights are random, latents are drawn so that every table is used.
 """
 
 import resource
@@ -25,10 +25,15 @@ from lic.images import dead_leaves, random_crops  # noqa: E402
 from lic.integer import IntegerHyperSynthesis  # noqa: E402
 from lic.metrics import kmac_per_pixel  # noqa: E402
 from lic.models import Codec, preset_config  # noqa: E402
-from lic.optimizer import Optimizer  # noqa: E402
+from lic.optimizer import Optimizer, orthogonal  # noqa: E402
 from lic.pruning import watch  # noqa: E402
 from lic.quantization import INPUTS  # noqa: E402
 from lic.training import rate_distortion  # noqa: E402
+
+
+PRECISIONS = {"float32": False, "bf16": True}  # name: autocast?
+if torch.backends.cpu.get_cpu_capability() == "AVX2":
+    del PRECISIONS["bf16"]  # emulated there: minutes a row
 
 
 def median_ms(function, runs):
@@ -96,7 +101,7 @@ def convolutions():
     inputs = watch(model, x, [n for n in INPUTS if n[:3] in ("g_a", "g_s") and model.get_submodule(n).input_range], lambda v: v)
     print("milliseconds of a layer, median of 20  " + "".join(f"{name:>12}" for name in inputs))
     kernels = int8.available()
-    for name, amp in (("float32", False), ("bf16", True)):
+    for name, amp in PRECISIONS.items():
         for kind in ("simulated", "int8 kernel") if kernels else ("simulated",):
             row = f"{kind + ', ' + name:39}"
             for layer_name, (x, *_) in inputs.items():
@@ -108,8 +113,9 @@ def convolutions():
             print(row)
     last = model.g_s.conv4
     x = torch.rand(1, last.in_channels, 256, 384).to(memory_format=torch.channels_last)
-    for name, x in (("float32", x), ("bf16", x.bfloat16())):
-        with torch.autocast("cpu", torch.bfloat16, enabled=name == "bf16"):
+    for name, amp in PRECISIONS.items():
+        x = x.bfloat16() if amp else x
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
             times = [median_ms(lambda: layer(x), 20) for layer in (last, int8.LastConvolution(last))]
         print(f"g_s.conv4, {name}: transposed {times[0]:.1f} ms, as an ordinary convolution {times[1]:.1f} ms")
     z_hat = torch.randint(-5, 6, (1, model.config["widths"]["z"], 8, 12)).double().to(memory_format=torch.channels_last)
@@ -124,29 +130,41 @@ def multiples_of_16(image):
         widths = {group: -(-width // step) * step for group, width in config["widths"].items()}
         model = Codec(config | {"widths": widths}).to(memory_format=torch.channels_last)
         kmac = kmac_per_pixel(model.config)
-        print(f"widths in multiples of {step}, {kmac['encoder']:.2f} and {kmac['decoder']:.2f} kMAC/pixel: ", end="")
-        for amp in (False, True):
+        times = []
+        for name, amp in PRECISIONS.items():
             image_coder = ImageCoder(model, build_tables(model), "0" * 16, amp)
             data = image_coder.compress(image, 2)
-            print(f"{'bf16' if amp else 'float32'} {median_ms(lambda: image_coder.compress(image, 2), 15):.0f} and "
-                  f"{median_ms(lambda: image_coder.decompress(data), 15):.0f} ms", end="\n" if amp else ", ")  # fmt: skip
+            times.append(f"{name} {median_ms(lambda: image_coder.compress(image, 2), 15):.0f} and "
+                         f"{median_ms(lambda: image_coder.decompress(data), 15):.0f} ms")  # fmt: skip
+        print(f"widths in multiples of {step}, {kmac['encoder']:.2f} and {kmac['decoder']:.2f} kMAC/pixel: " + ", ".join(times))
 
 
-def training_step():
-    model = Codec(preset_config("small")).to(memory_format=torch.channels_last)
+def training_step(preset):
+    model = Codec(preset_config(preset)).to(memory_format=torch.channels_last)
     optimizer = Optimizer(model)
     images = [torch.from_numpy(dead_leaves(seed)) for seed in range(4)]
     rng = np.random.default_rng(0)
+    spent = []  # by the optimizer
 
     def step():
         x = random_crops(images, 8, 128, rng)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
             out = model(x, torch.zeros(8))
         rate_distortion(out, x, 0.01)[0].mean().backward()
+        start = time.perf_counter()
         optimizer.step(1e-4)
+        spent.append(1000 * (time.perf_counter() - start))
 
-    crops = median_ms(lambda: random_crops(images, 8, 128, rng), 20)
-    print(f"training step of small, 8 crops of 128x128, bf16: {median_ms(step, 20):.0f} ms, crops {crops:.1f} ms of it")
+    for name, amp in PRECISIONS.items():
+        print(f"training step of {preset}, 8 crops of 128x128, {name}: {median_ms(step, 10):.0f} ms, "
+              f"the optimizer {np.median(spent):.0f} ms of it")  # fmt: skip
+    print(f"the crops of such a step: {median_ms(lambda: random_crops(images, 8, 128, rng), 20):.1f} ms")
+    matrices = [torch.nn.Parameter(optimizer.matrix(kernel).clone()) for kernel in optimizer.kernels]
+    for matrix in matrices:
+        matrix.grad = torch.randn_like(matrix)
+    muon = torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw")
+    print(f"all kernels' steps: by orthogonal {median_ms(lambda: [orthogonal(m.grad) for m in matrices], 5):.0f} ms, "
+          f"by torch.optim.Muon {median_ms(muon.step, 5):.0f} ms")  # fmt: skip
 
 
 def main():
@@ -164,7 +182,8 @@ def main():
           f"decompress {median_ms(lambda: image_coder.decompress(data), 5):.0f} ms")  # fmt: skip
     where_the_time_goes(image_coder, image, data)
     multiples_of_16(image)
-    training_step()
+    for preset in ("small", "base"):
+        training_step(preset)
     large = np.random.default_rng(0).integers(0, 256, (1600, 2560, 3), dtype=np.uint8)
     image_coder.decompress(image_coder.compress(large, 2))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
