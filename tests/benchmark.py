@@ -119,8 +119,8 @@ def convolutions():
             times = [median_ms(lambda: layer(x), 20) for layer in (last, int8.LastConvolution(last))]
         print(f"g_s.conv4, {name}: transposed {times[0]:.1f} ms, as an ordinary convolution {times[1]:.1f} ms")
     z_hat = torch.randint(-5, 6, (1, model.config["widths"]["z"], 8, 12)).double().to(memory_format=torch.channels_last)
-    times = [median_ms(lambda: h_s(z_hat), 20) for h_s in (IntegerHyperSynthesis(model.h_s), int8.Int8HyperSynthesis(model.h_s))]
-    print(f"h_s in integers: float64 {times[0]:.1f} ms, int8 kernels {times[1]:.1f} ms")
+    forms = {"float64": IntegerHyperSynthesis(model.h_s)} | ({"int8 kernels": int8.Int8HyperSynthesis(model.h_s)} if kernels else {})
+    print("h_s in integers: " + ", ".join(f"{name} {median_ms(lambda: form(z_hat), 20):.1f} ms" for name, form in forms.items()))
 
 
 def multiples_of_16(image):
