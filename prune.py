@@ -11,11 +11,11 @@ import torch
 
 from lic.bitstream import build_tables
 from lic.checkpoint import load, load_plan, save
-from lic.files import check_writable, run
+from lic.files import run
 from lic.images import fixed_crops, load_images
 from lic.metrics import kmac_per_pixel, parameters
 from lic.pruning import narrow, observe
-from lic.training import add_training_arguments, fit, mean_loss
+from lic.training import add_training_arguments, check_out, fit, mean_loss
 
 
 def parse_args():
@@ -32,7 +32,7 @@ def parse_args():
 
 def main():
     args = parse_args()
-    check_writable(args.out)
+    check_out(args)
     model, meta = load(args.checkpoint, stages=("train", "control", "prune"))
     plan = None if args.control else load_plan(args.plan, meta["fingerprint"])
     train, validation = load_images(args.data, args.crop)

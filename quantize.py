@@ -13,12 +13,12 @@ import argparse
 
 from lic.bitstream import build_tables
 from lic.checkpoint import load, save
-from lic.files import LicError, check_writable, run
+from lic.files import LicError, run
 from lic.images import fixed_crops, load_images
 from lic.integer import freeze_h_s
 from lic.quantization import EIGHT_BIT, equalize, input_scales, quantize_layers
 from lic.rounding import patch_moments, round_weights
-from lic.training import add_training_arguments, fit, mean_loss, positive_int
+from lic.training import add_training_arguments, check_out, fit, mean_loss, positive_int
 
 
 def parse_args():
@@ -34,7 +34,7 @@ def parse_args():
 
 def main():
     args = parse_args()
-    check_writable(args.out)
+    check_out(args)
     model, meta = load(args.checkpoint, stages=("train", "control", "prune"))
     train, validation = load_images(args.data, args.crop)
     calibration = fixed_crops(train, args.calibration, min(128, args.crop))

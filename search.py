@@ -83,12 +83,13 @@ def main():
         print(f"alpha {alpha:.5f}")
     missed = abs(S - args.target) > args.delta
     out = args.out + ".nearest" if missed else args.out
-    if args.method == "evolve" and not missed:
+    method = "threshold" if missed and args.method == "evolve" else args.method
+    if method == "evolve":
         widths = nas.evolve(rise, widths, model.config, args.of, args.tries, np.random.default_rng(args.seed))
 
     J_zeros, J_folded = (mean_loss(narrow(model, keep(widths), s), x, args.amp) for s in (None, statistics))
     sparsity = nas.sparsity(model.config, widths)
-    plan = {"format": "lic plan", "baseline": meta["fingerprint"], "method": args.method,
+    plan = {"format": "lic plan", "baseline": meta["fingerprint"], "method": method,
             "importance": args.importance, "target": args.target, "of": args.of, "alpha": alpha, "ratio": ratio,
             "lambdas": model.lambdas, "widths": widths,
             "keep": {group: indices.tolist() for group, indices in keep(widths).items()},
@@ -102,7 +103,7 @@ def main():
         print(f"J a level, {what:20}", *(f"{v:.4f}" for v in losses))
     print(f"wrote {out} after {time.monotonic() - start:.0f} s")
     if missed:
-        raise LicError(f"no plan removes {args.target:.0%} of {args.of} within {args.delta:.0%}; the nearest removes {S:.1%}: change "
+        raise LicError(f"no plan removes {args.target:.1%} of {args.of} within {args.delta:.1%}; the nearest removes {S:.1%}: change "
                        f"--target or --delta" + f"; --sensitivities {out} saves measuring again" * bool(table))  # fmt: skip
 
 

@@ -11,10 +11,10 @@ import torch
 
 from lic.bitstream import build_tables
 from lic.checkpoint import load, load_plan, save
-from lic.files import LicError, check_writable, run
+from lic.files import LicError, run
 from lic.images import fixed_crops, load_images
 from lic.models import PRESETS, Codec, preset_config
-from lic.training import add_training_arguments, fit, mean_loss, positive_float
+from lic.training import add_training_arguments, check_out, fit, mean_loss, positive_float
 
 
 def parse_args():
@@ -34,7 +34,7 @@ def main():
         raise LicError("--lambdas: a plan or a checkpoint brings its own")
     if args.lambdas and sorted(set(args.lambdas)) != args.lambdas:
         raise LicError(f"--lambdas {args.lambdas}: give them in rising order")
-    check_writable(args.out)
+    check_out(args)
     train, validation = load_images(args.data, args.crop)
     held_out = fixed_crops(validation, 16, args.crop)
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lic.files import UNREADABLE, LicError, read_tensors, warn_of_slow_bf16, write_tensors
+from lic.files import UNREADABLE, LicError, check_writable, read_tensors, warn_of_slow_bf16, write_tensors
 from lic.images import random_crops
 from lic.optimizer import Optimizer
 
@@ -122,16 +122,14 @@ def fit(model, train, held_out, args, parent=None):
     train: list of (H, W, 3) uint8; held_out: (B, 3, H, W), whose J is printed at each save; parent:
     what else the weights at step 0 came from, plain values, so that --resume notices another.
     Saves to OUT.state at intervals and on Ctrl-C or SIGTERM, then raises Interrupted; raises
-    LicError at the first gradient that is not finite, and before an OUT.state of a run that has not ended would be
-    lost. --resume takes another args.steps if the warm-up is the same and the decline of the learning rate has not begun.
+    LicError at the first gradient that is not finite. --resume takes another args.steps if the warm-up is the
+    same and the decline of the learning rate has not begun.
     """
     if args.device == "cuda" and not torch.cuda.is_available():
         raise LicError("--device cuda: this torch sees no GPU; leave the option out")
     if args.amp and args.device == "cpu":
         warn_of_slow_bf16()
     state_path = args.out + ".state"
-    if not args.resume:
-        check_ended(state_path)
     torch.backends.cudnn.benchmark = True  # the shapes never change
     model.to(args.device, memory_format=torch.channels_last)
     # a step is a thousand small kernels, which take longer to launch than to run; this mode records them as CUDA graphs
@@ -162,7 +160,7 @@ def fit(model, train, held_out, args, parent=None):
             norm = optimizer.step(learning_rate(step, args.steps, args.lr))
             if not torch.isfinite(norm):  # the weights are spoilt, the last save is not
                 raise LicError(f"at step {step} the loss is {loss.item()} and its gradient's norm {norm.item()}; "
-                               f"start again with a smaller --lr")  # fmt: skip
+                               f"remove {state_path}, if it is there, and start again with a smaller --lr")  # fmt: skip
 
             with torch.no_grad():
                 progress.update(step + 1, loss=loss, bpp_y=y_bpp.mean(), bpp_z=z_bpp.mean(),
@@ -219,9 +217,12 @@ def save_state(path, model, optimizer, step, settings):
     write_tensors(path, state)
 
 
-def check_ended(path):
-    """Raises LicError if `path` holds the state of a run that was stopped: a new run would write over it."""
-    if not Path(path).exists():
+def check_out(args):
+    """Before a stage reads anything: raises LicError if args.out cannot be written, or if a new run would write over the
+    state of one that was stopped."""
+    check_writable(args.out)
+    path = args.out + ".state"
+    if args.resume or not args.steps or not Path(path).exists():
         return
     state = read_tensors(path, otherwise=f"{path} is in the way and no training state; remove it")
     try:

@@ -156,6 +156,7 @@ def training_step(preset):
         spent.append(1000 * (time.perf_counter() - start))
 
     for name, amp in PRECISIONS.items():
+        spent.clear()
         print(f"training step of {preset}, 8 crops of 128x128, {name}: {median_ms(step, 10):.0f} ms, "
               f"the optimizer {np.median(spent):.0f} ms of it")  # fmt: skip
     print(f"the crops of such a step: {median_ms(lambda: random_crops(images, 8, 128, rng), 20):.1f} ms")

@@ -114,7 +114,7 @@ def test_a_quantized_checkpoint_is_not_pruned_again(pipeline, photos, monkeypatc
 def test_a_target_that_no_plan_reaches_is_refused(pipeline, photos, monkeypatch, capsys):
     status = run_script(monkeypatch, "search.py", "--checkpoint", pipeline / "base.pt", "--data", photos, "--crop", 64,
                         "--method", "uniform", "--target", 0.99, "--out", pipeline / "no.json")  # fmt: skip
-    assert status == 2 and "no plan removes 99%" in capsys.readouterr().err
+    assert status == 2 and "no plan removes 99.0%" in capsys.readouterr().err
     assert not (pipeline / "no.json").exists()
 
 

@@ -1,5 +1,5 @@
-"""Makes the golden files: python tests/golden/make.py (about a minute; --quantized: only those of the 8-bit codec;
---shipped: only those of the codecs in checkpoints/).
+"""Makes the golden files: python tests/golden/make.py (about a minute; --quantized: only those of the 8-bit codec).
+--shipped makes those of the codecs in checkpoints/, and only those.
 
 Two small codecs (float and 8-bit, every width another number), files that they wrote, the symbols and
 pixels in them, and every layer's input and output for one image. They are made once and pinned: a test that
@@ -146,4 +146,3 @@ if __name__ == "__main__":
     for codec in ("codec", "quantized"):
         export(argparse.Namespace(checkpoint=FOLDER / f"{codec}.pt", output=FOLDER / f"{codec}.npz"))
     make_files()
-    make_shipped()
