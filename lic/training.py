@@ -217,6 +217,16 @@ def save_state(path, model, optimizer, step, settings):
     write_tensors(path, state)
 
 
+def read_state(path, otherwise):
+    """What `save_state` wrote; raises LicError(otherwise) if it is something else."""
+    state = read_tensors(path, otherwise)
+    try:
+        state["step"], state["settings"]["steps"]
+    except UNREADABLE as error:
+        raise LicError(otherwise) from error
+    return state
+
+
 def check_out(args):
     """Before a stage reads anything: raises LicError if args.out cannot be written, or if a new run would write over the
     state of one that was stopped."""
@@ -224,24 +234,17 @@ def check_out(args):
     path = args.out + ".state"
     if args.resume or not args.steps or not Path(path).exists():
         return
-    state = read_tensors(path, otherwise=f"{path} is in the way and no training state; remove it")
-    try:
-        done, steps = state["step"], state["settings"]["steps"]
-    except UNREADABLE as error:
-        raise LicError(f"{path} is in the way and no training state; remove it") from error
+    state = read_state(path, otherwise=f"{path} is in the way and no training state; remove it")
+    done, steps = state["step"], state["settings"]["steps"]
     if done < steps:
         raise LicError(f"{path} holds a run that was stopped at step {done} of {steps}; go on with --resume, or remove the file")
 
 
 def load_state(path, model, optimizer, settings):
     """Restore model and optimizer in place; returns the number of steps already done."""
-    no_state = f"{path} holds no training state; start without --resume"
-    state = read_tensors(path, otherwise=no_state)
-    try:
-        done, made_with = state["step"], state["settings"]
-        changed = sorted(k for k in settings if settings[k] != made_with.get(k))
-    except UNREADABLE as error:
-        raise LicError(no_state) from error
+    state = read_state(path, otherwise=f"{path} holds no training state; start without --resume")
+    done, made_with = state["step"], state["settings"]
+    changed = sorted(k for k in settings if settings[k] != made_with.get(k))
     if changed == ["steps"]:
         (warmup, decline), (new_warmup, new_decline) = phases(made_with["steps"]), phases(settings["steps"])
         if done > min(decline, new_decline) or warmup != new_warmup:
