@@ -1,30 +1,39 @@
 """Train a codec: one model for all rate levels.
 
-    python train.py                                         synthetic images, a minute and a half on 2 cores
-    python train.py --preset small --data photos/ --amp --steps 30000 --out runs/small.pt
-    python train.py --checkpoint runs/small.pt --lr 1e-3 --crop 256 --batch 2 ...       go on, with larger crops
+python train.py                              synthetic images, a minute and a half on 2 cores
+python train.py --preset small --data photos/ --amp --steps 30000 --out runs/small.pt
+python train.py --checkpoint runs/small.pt --lr 1e-3 --crop 256 --batch 2 ...       go on
 """
-
-import argparse
 
 import torch
 
-from lic.bitstream import build_tables
-from lic.checkpoint import load, load_plan, save
+from lic.codec.checkpoint import FLOAT_STAGES, load, save
+from lic.codec.model import PRESETS, Codec, preset_config
+from lic.codec.structure import parameters
+from lic.codec.tables import build_tables
 from lic.files import LicError, run
 from lic.images import fixed_crops, load_images
-from lic.models import PRESETS, Codec, preset_config
-from lic.training import add_training_arguments, check_out, fit, mean_loss, positive_float
+from lic.options import make_parser, positive_number
+from lic.shrink.search import load_plan
+from lic.train.loop import add_training_arguments, fit
+from lic.train.loss import mean_loss
+from lic.train.state import check_out
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lambdas", type=positive_float, nargs="+", help="one a rate level, rising (default: the preset's)")
+    # fmt: off
+    parser = make_parser(__doc__)
+    parser.add_argument("--lambdas", type=positive_number, nargs="+",
+                        help="one a rate level, rising (default: the preset's)")
     start = parser.add_mutually_exclusive_group()
-    start.add_argument("--preset", choices=PRESETS, default="tiny", help="widths and lambdas (default: tiny)")
-    start.add_argument("--plan", help="widths and lambdas of this plan of search.py: to train from scratch (default: none)")
-    start.add_argument("--checkpoint", help="go on from this codec, dense or pruned: its widths, lambdas, weights, stage (default: none)")
+    start.add_argument("--preset", choices=PRESETS, default="tiny",
+                       help="widths and lambdas (default: tiny)")
+    start.add_argument("--plan", help="widths and lambdas of this plan of search.py, to train "
+                       "them from scratch (default: none)")
+    start.add_argument("--checkpoint", help="go on from this codec, dense or pruned, with its "
+                       "widths, lambdas, weights and stage (default: none)")
     add_training_arguments(parser, steps=1000, lr=2e-3, out="runs/base.pt")
+    # fmt: on
     return parser.parse_args()
 
 
@@ -36,25 +45,28 @@ def main():
         raise LicError(f"--lambdas {args.lambdas}: give them in rising order")
     check_out(args)
     train, validation = load_images(args.data, args.crop)
-    held_out = fixed_crops(validation, 16, args.crop)
+    held_out = fixed_crops(validation, 16, args.crop)  # (16, 3, crop, crop), or fewer
 
     torch.manual_seed(args.seed)
     parent, stage = None, "train"
     if args.checkpoint:
-        model, parent = load(args.checkpoint, stages=("train", "control", "prune"))
+        model, parent = load(args.checkpoint, stages=FLOAT_STAGES)
         stage = parent["stage"]  # a pruned codec stays one
     elif args.plan:
         plan = load_plan(args.plan)
         model = Codec({key: plan[key] for key in ("widths", "lambdas")})
     else:
         model = Codec(preset_config(args.preset, args.lambdas))
-    print(f"{args.checkpoint or args.plan or args.preset}: {sum(p.numel() for p in model.parameters()):,} parameters, "
-          f"{len(train)} training images, {args.steps} steps of {args.batch} crops of {args.crop}x{args.crop}")  # fmt: skip
+    print(
+        f"{args.checkpoint or args.plan or args.preset}: {parameters(model.config):,} "
+        f"parameters, {len(train)} training images, {args.steps} steps of {args.batch} crops of "
+        f"{args.crop}x{args.crop}"
+    )
     fit(model, train, held_out, args, parent=parent and parent["fingerprint"])
 
     metrics = {"held_out_J": mean_loss(model, held_out).tolist()}
     print("held_out_J", *(f"{v:.4f}" for v in metrics["held_out_J"]))
-    save(args.out, model, build_tables(model), stage, vars(args), args.steps, parent=parent, metrics=metrics)
+    save(args.out, model, build_tables(model), stage, vars(args), args.steps, parent, metrics)
     print(f"wrote {args.out}")
 
 

@@ -2,98 +2,149 @@
 
     python -m lic compress photo.png photo.lic
     python -m lic decompress photo.lic photo.png
-    python -m lic info photo.lic
-    python -m lic compare photo.png beside.png      a crop beside JPEG and WebP of about as many bytes
+    python -m lic info photo.lic                    or of a checkpoint
+    python -m lic compare photo.png beside.png      a crop beside JPEG and WebP of as many bytes
     python -m lic export codec.npz                  weights and tables, for ports
     python -m lic halve codec.pt half.pt            a float codec in half precision: half the bytes
+
+Commands import what they need when they run: help and `info` answer without torch.
 """
 
-import argparse
 import io
 import json
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-
-from lic.bitstream import HEADER, MAX_PIXELS, ImageCoder, build_tables, read_header
-from lic.checkpoint import load, save
+from lic import SHIPPED, load
+from lic.codec.header import MAX_PIXELS, SIZE, read_header
 from lic.files import BadStream, LicError, check_writable, read_bytes, run, write_bytes
-from lic.images import read_image
-from lic.metrics import psnr
-from lic.quantization import pack
-
-SHIPPED = Path(__file__).parent.parent / "checkpoints" / "quantized.pt"
+from lic.options import make_parser, positive_whole_number, whole_number
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(prog="python -m lic", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    # fmt: off
+    parser = make_parser(__doc__, prog="python -m lic")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, inputs, text in (("compress", ["input"], "image to lic file"), ("decompress", ["input"], "lic file to PNG"),
-                               ("compare", ["input"], "crops of original, lic, JPEG and WebP side by side, as PNG"),
-                               ("export", [], "checkpoint as a NumPy archive, for ports to other frameworks")):  # fmt: skip
+
+    def add(name, function, arguments, text):
         command = commands.add_parser(name, help=text)
-        for argument in (*inputs, "output"):
+        command.set_defaults(function=function)
+        for argument in arguments:
             command.add_argument(argument)
-        command.add_argument("--checkpoint", default=SHIPPED, help="the codec (default: the one shipped)")
-    for name in ("compress", "decompress", "compare"):
-        commands.choices[name].add_argument("--max-pixels", type=int, default=MAX_PIXELS,
-                                            help=f"refuse larger images, for they need memory (default: {MAX_PIXELS})")  # fmt: skip
-        commands.choices[name].add_argument("--amp", action="store_true", help="bf16: faster on a CPU with AVX-512 bf16")
-    for name in ("compress", "compare"):
-        commands.choices[name].add_argument("--quality", type=float, default=2.0,
-                                            help="rate level, 0 (smallest file) up; fractions allowed (default: 2)")  # fmt: skip
-    command = commands.choices["compare"]
-    command.add_argument("--crop", type=int, default=256, help="side of the crop, pixels (default: 256)")
-    command.add_argument("--at", type=int, nargs=2, metavar=("X", "Y"), help="its upper left corner (default: centred)")
-    commands.add_parser("info", help="header of a lic file").add_argument("input")
-    command = commands.add_parser("halve", help="checkpoint of a float codec, its weights rounded to half precision")
-    for argument in ("input", "output"):
-        command.add_argument(argument)
+        return command
+
+    both = ["input", "output"]
+    compressing = add("compress", compress, both, "image to lic file")
+    decompressing = add("decompress", decompress, both, "lic file to PNG")
+    comparing = add("compare", compare, both, "original, lic, JPEG and WebP side by side, as PNG")
+    exporting = add("export", export, ["output"], "checkpoint as a NumPy archive, for ports")
+    add("info", info, ["input"], "what is in a lic file or a checkpoint")
+    add("halve", halve, both, "checkpoint of a float codec, its weights in half precision")
+
+    coding = (compressing, decompressing, comparing)
+    for command in (*coding, exporting):
+        command.add_argument("--checkpoint", default=SHIPPED, help="default: the codec shipped")
+    for command in coding:
+        command.add_argument("--max-pixels", type=positive_whole_number, default=MAX_PIXELS,
+                             help=f"refuse larger images (default: {MAX_PIXELS})")
+        command.add_argument("--amp", action="store_true",
+                             help="bf16: faster on a CPU with AVX-512 bf16")
+    for command in (compressing, comparing):
+        command.add_argument("--quality", type=float, default=2.0,
+                             help="rate level, from 0, the smallest file; fractions are allowed "
+                             "(default: 2)")
+    comparing.add_argument("--crop", type=positive_whole_number, default=256,
+                           help="side of the crop, pixels (default: 256)")
+    comparing.add_argument("--at", type=whole_number, nargs=2, metavar=("X", "Y"),
+                           help="its upper left corner (default: centred)")
+    # fmt: on
     return parser.parse_args()
 
 
 def check_output(path, suffix):
-    """Refuse a name that is not this command's to write: `compress *.png` must not overwrite a photograph."""
+    """Refuse a name that is not this command's: `compress *.png` must not replace a photograph."""
     if Path(path).suffix.lower() != suffix:
         raise LicError(f"{path}: this command writes {suffix[1:]} files; end the name in {suffix}")
     check_writable(path)
 
 
-def image_coder(path, amp=False):
-    model, meta = load(path)
-    return ImageCoder(model, meta["tables"], meta["fingerprint"], amp)
+def png_bytes(image):
+    """(H, W, 3) uint8 as a PNG file."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def bits_per_pixel(data, image):
+    height, width = image.shape[:2]
+    return 8 * len(data) / (height * width)
 
 
 def compress(args):
+    from lic.images import read_image
+
     check_output(args.output, ".lic")
     image = read_image(args.input)
-    data = image_coder(args.checkpoint, args.amp).compress(image, args.quality, args.max_pixels)
+    data = load(args.checkpoint, args.amp).encode(image, args.quality, args.max_pixels)
     write_bytes(args.output, data)
-    height, width = image.shape[:2]
-    print(f"{args.output}: {len(data)} bytes, {8 * len(data) / (height * width):.4f} bpp, {width}x{height}")
+    size = f"{image.shape[1]}x{image.shape[0]}"
+    print(f"{args.output}: {len(data)} bytes, {bits_per_pixel(data, image):.4f} bpp, {size}")
 
 
 def decompress(args):
     check_output(args.output, ".png")
-    image = image_coder(args.checkpoint, args.amp).decompress(read_bytes(args.input), args.max_pixels)
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, format="PNG")
-    write_bytes(args.output, buffer.getvalue())
+    coder = load(args.checkpoint, args.amp)
+    image = coder.decode(read_bytes(args.input), args.max_pixels)
+    write_bytes(args.output, png_bytes(image))
     print(f"{args.output}: {image.shape[1]}x{image.shape[0]}")
 
 
 def info(args):
     data = read_bytes(args.input)
-    header = read_header(data)
-    z_words, y_words, z_escapes, y_escapes = header["lengths"]
-    print(f"{header['width']}x{header['height']} pixels, quality {header['quality']:g}, model {header['fingerprint'].hex()}")
-    print(f"{len(data)} bytes: header {HEADER.size}, z {4 * z_words}, y {4 * y_words}, "
-          f"escaped symbols {4 * (z_escapes + y_escapes)}")  # fmt: skip
+    if data[:2] == b"PK":  # torch.save's files are zip archives
+        checkpoint_info(args.input)
+        return
+    header, _ = read_header(data)
+    z_words, y_words, z_escapes, y_escapes = header.lengths
+    print(
+        f"{header.width}x{header.height} pixels, quality {header.quality / 256:g}, "
+        f"model {header.fingerprint.hex()}"
+    )
+    print(
+        f"{len(data)} bytes: header {SIZE}, z {4 * z_words}, y {4 * y_words}, "
+        f"escaped symbols {4 * (z_escapes + y_escapes)}"
+    )
+
+
+def checkpoint_info(path):
+    from lic.codec import checkpoint, structure
+
+    _, meta = checkpoint.load(path)
+    config = meta["config"]
+    macs = structure.kmac_per_pixel(config)
+    print(f"{path}: stage {meta['stage']}, {meta['bytes']:,} bytes, model {meta['fingerprint']}")
+    print(f"quantization: {json.dumps(meta['quantization']) if meta['quantization'] else 'none'}")
+    print(f"lambdas: {' '.join(map(str, config['lambdas']))}")
+    print(
+        f"parameters: {structure.parameters(config):,}; kMAC/pixel: "
+        f"{macs['encoder']:.2f} to encode, {macs['decoder']:.2f} to decode"
+    )
+    print(structure.table_of_groups(config["widths"]))
+    for entry in meta["lineage"]:
+        arguments = " ".join(f"{key}={value}" for key, value in entry["arguments"].items())
+        print(f"{entry['stage']}: {entry['steps']} steps, data {entry['data']}, {arguments}")
+    for name, value in meta["metrics"].items():
+        print(f"{name}: {json.dumps(value)}")
 
 
 def classical(image, form, size):
-    """The best JPEG or WebP of at most `size` bytes, or the smallest there is: quality, bytes, decoded image."""
+    """The best JPEG or WebP of at most `size` bytes, or the smallest there is.
+
+    Returns its quality, its bytes and the decoded image.
+    """
+    import numpy as np
+    from PIL import Image
 
     def encoded(quality):
         buffer = io.BytesIO()
@@ -101,47 +152,71 @@ def classical(image, form, size):
             Image.fromarray(image).save(buffer, format=form, quality=quality)
         except (OSError, ValueError) as error:  # JPEG ends at 65,500 pixels a side, WebP at 16,383
             raise LicError(f"Pillow cannot write this image as {form}: {error}") from error
-        return buffer
+        return buffer.getvalue()
 
     low, high = 0, 100
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if len(encoded(middle).getvalue()) <= size else (low, middle - 1)
-    buffer = encoded(low)
-    return low, len(buffer.getvalue()), np.asarray(Image.open(buffer).convert("RGB"))
+        if len(encoded(middle)) <= size:
+            low = middle
+        else:
+            high = middle - 1
+    data = encoded(low)
+    return low, data, np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
 def compare(args):
+    import numpy as np
+
+    from lic.images import read_image
+    from lic.metrics import psnr
+
     check_output(args.output, ".png")
-    if Path(args.output).exists():  # what reads like `compare original.png decoded.png` must not overwrite the second
-        raise LicError(f"{args.output} exists; compare takes one image and writes another: give the name of a new file")
+    if Path(args.output).exists():  # what reads like `compare original.png decoded.png`
+        raise LicError(
+            f"{args.output} exists; compare takes one image and writes another: "
+            "give the name of a new file"
+        )
     image = read_image(args.input)
     height, width = image.shape[:2]
     x, y = args.at or (max(0, (width - args.crop) // 2), max(0, (height - args.crop) // 2))
-    if not (0 <= x < width and 0 <= y < height and args.crop > 0):
-        raise LicError(f"--crop {args.crop} --at {x} {y} lies outside {args.input}, which is {width}x{height}")
-    coder = image_coder(args.checkpoint, args.amp)
-    data = coder.compress(image, args.quality, args.max_pixels)
-    rows = [("lic", args.quality, len(data), coder.decompress(data, args.max_pixels))]
-    rows += [(form, *classical(image, form, len(data))) for form in ("JPEG", "WEBP")]
-    for name, quality, size, decoded in rows:
-        print(f"{name:5} quality {quality:<5g} {size:8} bytes {8 * size / (height * width):8.4f} bpp {psnr(image, decoded):8.3f} dB"
-              + ("  more than lic: its smallest" if size > len(data) else ""))  # fmt: skip
-    crops = [picture[y : y + args.crop, x : x + args.crop] for picture in (image, *(row[3] for row in rows))]
-    gap = np.full((crops[0].shape[0], 8, 3), 255, np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(np.concatenate([part for crop in crops for part in (crop, gap)][:-1], axis=1)).save(buffer, format="PNG")
-    write_bytes(args.output, buffer.getvalue())
+    if x >= width or y >= height:
+        raise LicError(f"--at {x} {y} lies outside {args.input}, which is {width}x{height}")
+    coder = load(args.checkpoint, args.amp)
+    data = coder.encode(image, args.quality, args.max_pixels)
+    results = [("lic", args.quality, data, coder.decode(data, args.max_pixels))]
+    results += [(form, *classical(image, form, len(data))) for form in ("JPEG", "WEBP")]
+    for name, quality, coded, decoded in results:
+        remark = "  more than lic: its smallest" if len(coded) > len(data) else ""
+        print(
+            f"{name:5} quality {quality:<5g} {len(coded):8} bytes "
+            f"{bits_per_pixel(coded, image):8.4f} bpp {psnr(image, decoded):8.3f} dB{remark}"
+        )
+
+    gap = np.full((min(args.crop, height - y), 8, 3), 255, np.uint8)
+    strip = [image[y : y + args.crop, x : x + args.crop]]
+    for *_, decoded in results:
+        strip += [gap, decoded[y : y + args.crop, x : x + args.crop]]
+    write_bytes(args.output, png_bytes(np.concatenate(strip, axis=1)))
     print(f"{args.output}, left to right: original, lic, JPEG, WebP")
 
 
 def export(args):
-    """All that decoding needs, as docs/porting.md describes it: tensors (int8 if quantized), tables, config."""
+    """All that decoding needs, as docs/porting.md describes it.
+
+    Tensors (int8 if quantized), tables, config.
+    """
+    import numpy as np
+
+    from lic.codec import checkpoint
+    from lic.codec.eight_bits import pack
+
     check_output(args.output, ".npz")
-    model, meta = load(args.checkpoint)
+    model, meta = checkpoint.load(args.checkpoint)
     arrays = {name: tensor.numpy() for name, tensor in pack(model.state_dict()).items()}
     for kind, tables in meta["tables"].items():
-        arrays |= {f"tables.{kind}.{field}": value for field, value in tables._asdict().items()}
+        for field, value in tables._asdict().items():
+            arrays[f"tables.{kind}.{field}"] = value
     about = {key: meta[key] for key in ("config", "quantization", "fingerprint")}
     buffer = io.BytesIO()
     np.savez(buffer, about=json.dumps(about), **arrays)
@@ -151,21 +226,37 @@ def export(args):
 
 def halve(args):
     """The rounded weights are another codec, with tables and a fingerprint of its own."""
+    from lic.codec import checkpoint
+    from lic.codec.tables import build_tables
+
     check_output(args.output, ".pt")
-    model, meta = load(args.input, stages=("train", "control", "prune"))
+    model, meta = checkpoint.load(args.input, stages=checkpoint.FLOAT_STAGES)
     tables = build_tables(model.half().float())
-    save(args.output, model.half(), tables, meta["stage"], {"precision": "half"}, 0, parent=meta, metrics=meta["metrics"])
-    print(f"{args.output}: {Path(args.output).stat().st_size:,} bytes, {args.input} has {meta['bytes']:,}")
+    checkpoint.save(
+        args.output,
+        model.half(),
+        tables,
+        meta["stage"],
+        {"precision": "half"},
+        0,
+        parent=meta,
+        metrics=meta["metrics"],
+    )
+    size = Path(args.output).stat().st_size
+    print(f"{args.output}: {size:,} bytes, {args.input} has {meta['bytes']:,}")
 
 
 def main():
     args = parse_args()
     try:
-        {"compress": compress, "decompress": decompress, "info": info, "compare": compare,
-         "export": export, "halve": halve}[args.command](args)  # fmt: skip
+        args.function(args)
     except BadStream as error:
         raise BadStream(f"{args.input}: {error}") from error
 
 
-if __name__ == "__main__":
+def cli():
     run(main)
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,4 +1,8 @@
-"""The border to the operating system and the machine: errors as one sentence, files whole or not at all, memory kept."""
+"""The border to the operating system and the machine.
+
+Errors are one sentence, files are whole or not there at all, freed memory is kept. torch is
+imported where it is used: what needs none of it answers at once.
+"""
 
 import ctypes
 import functools
@@ -8,10 +12,16 @@ import pickle
 import sys
 from pathlib import Path
 
-import torch
-
-# what torch.load and the use of what it gave raise when a file is cut, damaged or something else altogether
-UNREADABLE = (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, LookupError, TypeError, AttributeError)
+# what torch.load and the use of what it gave raise when a file is cut, damaged or something else
+UNREADABLE = (
+    pickle.UnpicklingError,
+    EOFError,
+    RuntimeError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+)
 
 
 class LicError(Exception):
@@ -27,10 +37,11 @@ class BadStream(LicError):
 
 
 def keep_freed_memory():
-    """Tell glibc, where there is one, to keep the memory of a tensor that goes for the next one. Returns whether it did.
+    """Have glibc, where there is one, keep the memory of a freed tensor for the next one.
 
-    By default it gives large blocks back to the system, which clears them page by page when they are asked for again:
-    that can take longer than a layer of GDN. Blocks up to 256 MiB are kept, or up to 32 where glibc allows no more; mallopt(3).
+    Returns whether it did. By default large blocks go back to the system, which clears them page by
+    page when they are asked for again: that can take longer than a layer of GDN. Blocks up to
+    256 MiB are kept, or up to 32 where glibc allows no more; mallopt(3).
     """
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
     try:
@@ -43,13 +54,22 @@ def keep_freed_memory():
 
 @functools.cache
 def warn_of_slow_bf16():
-    """Say, once, that this CPU has no fast bf16 if torch finds AVX2 on it and no more (docs/training.md has the figures)."""
+    """Say, once, that this CPU has no fast bf16, if torch finds AVX2 on it and no more.
+
+    docs/training.md has the figures.
+    """
+    import torch
+
     if torch.backends.cpu.get_cpu_capability() == "AVX2":
-        print("warning: without AVX-512 this CPU computes bf16 several times slower than float32; leave out --amp", file=sys.stderr)
+        print(
+            "warning: without AVX-512 this CPU computes bf16 several times slower than float32; "
+            "leave out --amp",
+            file=sys.stderr,
+        )
 
 
 def run(main):
-    """Call main(); print a LicError as a sentence instead of a traceback and exit with its status."""
+    """Call main(); a LicError is printed as a sentence, and its status is the exit status."""
     keep_freed_memory()
     try:
         main()
@@ -70,7 +90,9 @@ def check_writable(path):
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise LicError(f"cannot write to {path.parent}: {error.strerror}; choose another output") from error
+        raise LicError(
+            f"cannot write to {path.parent}: {error.strerror}; choose another output"
+        ) from error
     if path.is_dir():
         raise LicError(f"{path} is a folder; give the name of a file to write")
 
@@ -83,15 +105,21 @@ def read_bytes(path):
 
 
 def read_tensors(path, otherwise):
-    """What torch.save wrote, on the CPU; no code in the file is run. Raises LicError(otherwise) if it is something else."""
+    """What torch.save wrote, on the CPU; no code in the file is run.
+
+    Raises LicError(otherwise) if it is something else.
+    """
+    import torch
+
     try:
-        return torch.load(io.BytesIO(read_bytes(path)), weights_only=True, map_location="cpu")
+        data = io.BytesIO(read_bytes(path))
+        return torch.load(data, weights_only=True, map_location="cpu")
     except UNREADABLE as error:
         raise LicError(otherwise) from error
 
 
 def write_bytes(path, data):
-    """Write to a temporary name, then rename: a reader sees the old file or the new one, never half."""
+    """Write to a temporary name, then rename: a reader sees the old file or the new one."""
     path = Path(path)
     check_writable(path)
     temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
@@ -109,6 +137,8 @@ def write_bytes(path, data):
 
 def write_tensors(path, value):
     """torch.save to a file that is whole or not there at all."""
+    import torch
+
     buffer = io.BytesIO()
     torch.save(value, buffer)
     write_bytes(path, buffer.getvalue())

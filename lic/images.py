@@ -24,15 +24,16 @@ BITS_PER_SAMPLE = 258  # a TIFF tag
 def read_image(path):
     """(H, W, 3) uint8 RGB of any file that Pillow opens; raises LicError naming the file.
 
-    Turned as EXIF says; 16 bits are scaled to 8, not clipped (grey rounded here, colour truncated by
-    Pillow); transparency is composited on white; CMYK is converted without a colour profile; of an
-    animation, the first frame. Floating-point and 32-bit images have no known white and are refused, and so are
-    TIFFs of 12 bits and 16-bit grey with transparency, which Pillow does not tell apart from plain 16-bit grey.
+    Turned as EXIF says; 16 bits are scaled to 8, not clipped (grey rounded here, colour truncated
+    by Pillow); transparency is composited on white; CMYK is converted without a colour profile; of
+    an animation, the first frame. Floating-point and 32-bit images have no known white and are
+    refused, and so are TIFFs of 12 bits and 16-bit grey with transparency, which Pillow does not
+    tell apart from plain 16-bit grey.
     """
     try:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)
-            if image.mode.startswith("I;16") or image.mode == "I" and file.format == "PPM":
+            if image.mode.startswith("I;16") or (image.mode == "I" and file.format == "PPM"):
                 # 16-bit grey, which convert("RGB") would clip to white
                 if image.has_transparency_data:
                     raise ValueError("16-bit grey with transparency; convert it to 8 bits first")
@@ -41,7 +42,7 @@ def read_image(path):
                 grey = np.rint(np.asarray(image, dtype=np.float64) / 257).astype(np.uint8)
                 return np.repeat(grey[:, :, None], 3, axis=2)
             if image.mode in ("I", "F"):
-                raise ValueError("32-bit or floating-point pixels; convert it to 8 or 16 bits first")
+                raise ValueError("32-bit or floating-point pixels; convert it to 8 or 16 bits")
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 white = Image.new("RGBA", image.size, "white")
@@ -56,9 +57,13 @@ def find_images(folder):
     folder = Path(folder)
     if not folder.is_dir():
         raise LicError(f"{folder} is not a folder; --data takes a folder of images")
-    paths = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-    paths = [path for path in paths if not path.name.startswith(".")]  # macOS puts a ._name.png beside name.png
-    paths.sort(key=lambda path: path.parts)  # upper case first also on Windows: the same images are held out
+    paths = []
+    for path in folder.rglob("*"):
+        hidden = path.name.startswith(".")  # macOS puts a ._name.png beside name.png
+        if path.suffix.lower() in SUFFIXES and path.is_file() and not hidden:
+            paths.append(path)
+    # upper case first also on Windows: the same images are held out everywhere
+    paths.sort(key=lambda path: path.parts)
     if not paths:
         raise LicError(f"no images below {folder}; looked for {' '.join(sorted(SUFFIXES))}")
     return paths
@@ -74,11 +79,13 @@ def dead_leaves(seed, size=256):
         u = rng.random()  # radius density ~ r^-3, so r^-2 is uniform
         r = (u * smallest**-2 + (1 - u) * largest**-2) ** -0.5
         cy, cx = rng.uniform(-r, size + r, 2)
-        box = np.s_[max(int(cy - r), 0) : int(cy + r) + 2, max(int(cx - r), 0) : int(cx + r) + 2]
+        top, left = max(int(cy - r), 0), max(int(cx - r), 0)
+        box = np.s_[top : int(cy + r) + 2, left : int(cx + r) + 2]
         y, x = rows[box] - cy, columns[box] - cx
         inside = y * y + x * x <= r * r
         slope, frequency = rng.normal(0, 0.25, 2), rng.normal(0, 0.4, 2)
-        shade = slope[0] * y + slope[1] * x + rng.exponential(6) * np.sin(frequency[0] * y + frequency[1] * x)
+        waves = np.sin(frequency[0] * y + frequency[1] * x)
+        shade = slope[0] * y + slope[1] * x + rng.exponential(6) * waves
         colour = rng.uniform(20, 235) + rng.normal(0, 25, 3)  # mostly grey, as photographs are
         image[box][inside] = (colour + shade[:, :, None])[inside]
     image += rng.normal(0, 2, image.shape)
@@ -90,8 +97,6 @@ def load_images(data, crop):
 
     data: a folder, or None for 24 synthetic images. Every image must hold a crop x crop square.
     """
-    if crop % 64 or crop <= 0:
-        raise LicError(f"--crop {crop}: give a multiple of 64, the codec's total stride")
     if data is None:
         images = [dead_leaves(seed) for seed in range(24)]
         names = [f"synthetic image {seed}" for seed in range(24)]
@@ -101,21 +106,25 @@ def load_images(data, crop):
     for name, image in zip(names, images):
         if min(image.shape[:2]) < crop:
             height, width = image.shape[:2]
-            raise LicError(f"{name} is {width}x{height}, smaller than the crop of {crop}; crop less, or leave such images out")
+            raise LicError(
+                f"{name} is {width}x{height}, smaller than the crop of {crop}; "
+                "crop less, or leave such images out"
+            )
     validation = images[::HELD_OUT]
     train = [image for i, image in enumerate(images) if i % HELD_OUT]
     return train or validation, validation
 
 
 def to_tensor(images):
-    """Equally large uint8 images, list of (H, W, 3) -> float32 (B, 3, H, W) in [0, 1], channels_last."""
+    """Equally large images, list of (H, W, 3) uint8 -> (B, 3, H, W) in [0, 1], channels_last."""
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
 
 
 def random_crops(images, batch, crop, rng):
-    """batch random squares of crop pixels, half of them mirrored: (batch, 3, crop, crop) in [0, 1], channels_last.
+    """Random squares of crop pixels, half of them mirrored: (batch, 3, crop, crop) in [0, 1].
 
-    images: list of (H, W, 3) uint8 tensors, all on the device where the crops are wanted.
+    images: list of (H, W, 3) uint8 tensors, all on the device where the crops are wanted. The
+    result is channels_last.
     """
     crops = []
     for index in rng.integers(len(images), size=batch):
@@ -127,7 +136,10 @@ def random_crops(images, batch, crop, rng):
 
 
 def fixed_crops(images, count, crop):
-    """count centre squares spread over the images, the same at every call, at most one an image: (count, 3, crop, crop)."""
+    """Centre squares of count images spread over the list: (count, 3, crop, crop), or fewer.
+
+    The same at every call, at most one an image.
+    """
     crops = []
     for index in np.linspace(0, len(images) - 1, min(count, len(images))).astype(int):
         image = images[index]

@@ -1,4 +1,4 @@
-"""What a result is measured by: PSNR, MS-SSIM, BD-rate, parameters, multiply-accumulates.
+"""What a result is measured by: PSNR, MS-SSIM, BD-rate.
 
 Quality is measured on the decoded, clamped, 8-bit image; rates are those of real files.
 """
@@ -19,41 +19,53 @@ def psnr(a, b):
 
 
 def ms_ssim(a, b):
-    """Multi-scale SSIM of two (H, W, 3) uint8 images, mean over RGB (Wang, Simoncelli, Bovik, "Multiscale
-    structural similarity for image quality assessment", Asilomar 2003): Gaussian window of 11, sigma 1.5.
+    """Multi-scale SSIM of two (H, W, 3) uint8 images, mean over RGB.
 
-    Below 161 pixels on a side the fifth scale does not hold a window: as many scales as fit are used,
-    their weights scaled to sum 1; below 11 pixels the window shrinks to the side.
+    Wang, Simoncelli, Bovik, "Multiscale structural similarity for image quality assessment",
+    Asilomar 2003: Gaussian window of 11, sigma 1.5. Below 161 pixels on a side the fifth scale does
+    not hold a window: as many scales as fit are used, their weights scaled to sum 1; below 11
+    pixels the window shrinks to the side.
     """
     a, b = (torch.from_numpy(np.array(i)).permute(2, 0, 1).float() for i in (a, b))  # (3, H, W)
     side = min(a.shape[1:])
     window = min(11, side)
-    scales = max(k for k in range(1, 6) if k == 1 or math.ceil(side / 2 ** (k - 1)) >= window)
+    scales = 1
+    while scales < 5 and math.ceil(side / 2**scales) >= window:
+        scales += 1
     weights = np.array(MS_SSIM_WEIGHTS[:scales]) / sum(MS_SSIM_WEIGHTS[:scales])
     g = torch.exp(-0.5 * ((torch.arange(window) - (window - 1) / 2) / 1.5) ** 2)
     g = (g / g.sum()).tolist()
 
-    def blur(x):  # sums of shifted copies: several times faster here than a convolution of one channel
+    def blur(x):  # sums of shifted copies: several times faster here than a convolution
         height, width = x.shape[1] - window + 1, x.shape[2] - window + 1
         x = sum(weight * x[:, :, k : k + width] for k, weight in enumerate(g))
         return sum(weight * x[:, k : k + height] for k, weight in enumerate(g))
 
+    def halve(x):
+        padding = [side % 2 for side in x.shape[1:]]
+        return F.avg_pool2d(x, 2, padding=padding, count_include_pad=False)
+
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
     result = torch.ones(3)
     for k, weight in enumerate(weights):
-        if k:
-            a, b = (F.avg_pool2d(i, 2, padding=[s % 2 for s in i.shape[1:]], count_include_pad=False) for i in (a, b))
+        if k > 0:
+            a, b = halve(a), halve(b)
         mean_a, mean_b = blur(a), blur(b)
         var_a, var_b = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2
         covariance = blur(a * b) - mean_a * mean_b
-        term = (2 * covariance + (0.03 * 255) ** 2) / (var_a + var_b + (0.03 * 255) ** 2)
+        term = (2 * covariance + c2) / (var_a + var_b + c2)
         if k == scales - 1:  # luminance counts at the coarsest scale alone
-            term = term * (2 * mean_a * mean_b + (0.01 * 255) ** 2) / (mean_a**2 + mean_b**2 + (0.01 * 255) ** 2)
-        result = result * term.mean((1, 2)).clamp(min=0) ** weight  # a negative base would give NaN
+            term = term * (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
+        result = result * term.mean((1, 2)).clamp(min=0) ** weight  # below 0 it would be NaN
     return result.mean().item()
 
 
 def _pchip_integral(x, y, low, high):
-    """Integral over [low, high] of the monotone piecewise cubic through (x, y) (Fritsch and Butland 1984)."""
+    """Integral over [low, high] of the monotone piecewise cubic through (x, y).
+
+    Fritsch and Butland, "A method for constructing local monotone piecewise cubic interpolants",
+    SIAM J. Sci. Stat. Comput. 1984.
+    """
     h, slope = np.diff(x), np.diff(y) / np.diff(x)
     d = np.zeros_like(y)
     for i in range(1, len(x) - 1):
@@ -79,10 +91,11 @@ def _pchip_integral(x, y, low, high):
 
 
 def bd_rate(anchor, test):
-    """Bjøntegaard delta rate in percent: how much more rate `test` needs at equal quality (negative: less).
+    """Bjøntegaard delta rate in percent: how much more rate `test` needs at equal quality.
 
-    anchor, test: lists of (bpp, quality). log rate is interpolated over quality by PCHIP and averaged over
-    the common quality range. Returns (percent, None) or (None, why it cannot be compared).
+    Negative: less. anchor, test: lists of (bpp, quality). The logarithm of the rate is interpolated
+    over quality by PCHIP and averaged over the common quality range. Returns (percent, None) or
+    (None, why it cannot be compared).
     """
     curves = []
     for name, points in (("the first curve", anchor), ("the second curve", test)):
@@ -100,45 +113,3 @@ def bd_rate(anchor, test):
         return None, "the curves share no quality range"
     anchor_area, test_area = (_pchip_integral(quality, rate, low, high) for quality, rate in curves)
     return 100 * math.expm1((test_area - anchor_area) / (high - low)), None
-
-
-def layers(widths):
-    """(name, channels in, channels out, kernel side, positions per pixel of x) of every layer with weights.
-
-    positions: where a convolution is evaluated, outputs of Conv2d, inputs of ConvTranspose2d.
-    """
-    w = widths
-    y, z = 1 / 16**2, 1 / 64**2
-    return [
-        ("g_a.conv1", 3, w["g_a.1"], 5, 1 / 4), ("g_a.gdn1", w["g_a.1"], w["g_a.1"], 1, 1 / 4),
-        ("g_a.conv2", w["g_a.1"], w["g_a.2"], 5, 1 / 16), ("g_a.gdn2", w["g_a.2"], w["g_a.2"], 1, 1 / 16),
-        ("g_a.conv3", w["g_a.2"], w["g_a.3"], 5, 1 / 64), ("g_a.gdn3", w["g_a.3"], w["g_a.3"], 1, 1 / 64),
-        ("g_a.conv4", w["g_a.3"], w["y"], 5, y),
-        ("h_a.conv1", w["y"], w["h_a.1"], 3, y), ("h_a.conv2", w["h_a.1"], w["h_a.2"], 5, y / 4),
-        ("h_a.conv3", w["h_a.2"], w["z"], 5, z),
-        ("h_s.conv1", w["z"], w["h_s.1"], 5, z), ("h_s.conv2", w["h_s.1"], w["h_s.2"], 5, y / 4),
-        ("h_s.conv3", w["h_s.2"], 2 * w["y"], 3, y),
-        ("g_s.conv1", w["y"], w["g_s.1"], 5, y), ("g_s.gdn1", w["g_s.1"], w["g_s.1"], 1, 1 / 64),
-        ("g_s.conv2", w["g_s.1"], w["g_s.2"], 5, 1 / 64), ("g_s.gdn2", w["g_s.2"], w["g_s.2"], 1, 1 / 16),
-        ("g_s.conv3", w["g_s.2"], w["g_s.3"], 5, 1 / 16), ("g_s.gdn3", w["g_s.3"], w["g_s.3"], 1, 1 / 4),
-        ("g_s.conv4", w["g_s.3"], 3, 5, 1 / 4),
-    ]  # fmt: skip
-
-
-def parameters(config):
-    """Trained numbers of a codec: weights and biases, the density of z (43 a channel), the gains."""
-    w = config["widths"]
-    weights = sum(k * k * c_in * c_out + c_out for _, c_in, c_out, k, _ in layers(w))
-    return weights + 43 * w["z"] + 2 * len(config["lambdas"]) * w["y"]
-
-
-def kmac_per_pixel(config):
-    """Thousand multiply-accumulates per pixel of x: {"encoder", "decoder", "total"}.
-
-    The encoder runs g_a, h_a and h_s, the decoder h_s and g_s; total counts h_s once.
-    """
-    net = {"g_a": 0.0, "g_s": 0.0, "h_a": 0.0, "h_s": 0.0}
-    for name, c_in, c_out, kernel, positions in layers(config["widths"]):
-        net[name[:3]] += kernel**2 * c_in * c_out * positions / 1000
-    return {"encoder": net["g_a"] + net["h_a"] + net["h_s"], "decoder": net["h_s"] + net["g_s"],
-            "total": sum(net.values())}  # fmt: skip

@@ -1,15 +1,10 @@
-import sys
-from pathlib import Path
-
 import pytest
+from helpers import lively_codec
 from PIL import Image
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-
-from helpers import lively_codec  # noqa: E402
-
-from lic.bitstream import ImageCoder, build_tables  # noqa: E402
-from lic.images import dead_leaves  # noqa: E402
+from lic.codec.bitstream import ImageCoder
+from lic.codec.tables import build_tables
+from lic.images import dead_leaves
 
 
 @pytest.fixture(scope="session")
@@ -28,5 +23,7 @@ def photos(tmp_path_factory):
     folder = tmp_path_factory.mktemp("photos")
     (folder / "sub").mkdir()
     for seed in range(4):
-        Image.fromarray(dead_leaves(seed, 64)).save(folder / ("sub" if seed == 3 else ".") / f"{seed}.png")
+        Image.fromarray(dead_leaves(seed, 64)).save(
+            folder / ("sub" if seed == 3 else ".") / f"{seed}.png"
+        )
     return folder

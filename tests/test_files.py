@@ -15,8 +15,8 @@ from helpers import run_script
 from PIL import Image, features
 
 from lic import files
-from lic.bitstream import build_tables
-from lic.checkpoint import load, save
+from lic.codec.checkpoint import load, save
+from lic.codec.tables import build_tables
 from lic.files import LicError, write_bytes
 from lic.images import dead_leaves, find_images, load_images, random_crops, read_image
 
@@ -28,7 +28,10 @@ def save_image(path, array, **options):
 
 def test_16_bit_grey_is_scaled_not_clipped(tmp_path):
     grey = np.array([[0, 257 * 100], [257 * 200, 65535]], np.uint16)
-    assert read_image(save_image(tmp_path / "a.png", grey))[:, :, 1].tolist() == [[0, 100], [200, 255]]
+    assert read_image(save_image(tmp_path / "a.png", grey))[:, :, 1].tolist() == [
+        [0, 100],
+        [200, 255],
+    ]
 
 
 def test_alpha_is_composited_on_white_and_hides_its_colour(tmp_path):
@@ -48,7 +51,9 @@ def test_exif_rotation_is_applied(tmp_path):
 @pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "PA", "CMYK", "YCbCr"])
 def test_every_mode_becomes_rgb(tmp_path, mode):
     path = tmp_path / "a.tif"
-    Image.fromarray(dead_leaves(0, 32)).convert("L" if mode == "LA" else "P" if mode == "PA" else "RGB").convert(mode).save(path)
+    Image.fromarray(dead_leaves(0, 32)).convert(
+        "L" if mode == "LA" else "P" if mode == "PA" else "RGB"
+    ).convert(mode).save(path)
     image = read_image(path)
     assert image.shape == (32, 32, 3) and image.dtype == np.uint8 and image.std() > 10
 
@@ -58,10 +63,16 @@ def test_16_bit_colour_is_scaled_not_clipped(tmp_path):
     pixels = np.array([[[0, 257 * 100, 65535], [257 * 200, 300, 0]]], ">u2")
 
     def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     header = struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0)
-    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" + pixels.tobytes()))
+    data = (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b"\0" + pixels.tobytes()))
+    )
     (tmp_path / "a.png").write_bytes(data + chunk(b"IEND", b""))
     assert read_image(tmp_path / "a.png").tolist() == [[[0, 100, 255], [200, 1, 0]]]
 
@@ -76,7 +87,12 @@ def test_palette_transparency_is_composited_on_white(tmp_path):
 @pytest.mark.parametrize("suffix", ["gif", "webp", "png"])
 def test_of_an_animation_the_first_frame_is_taken(tmp_path, suffix):
     frames = [Image.new("RGB", (16, 16), colour) for colour in ((250, 0, 0), (0, 0, 250))]
-    frames[0].save(tmp_path / f"a.{suffix}", save_all=True, append_images=frames[1:], **({"lossless": True} if suffix == "webp" else {}))
+    frames[0].save(
+        tmp_path / f"a.{suffix}",
+        save_all=True,
+        append_images=frames[1:],
+        **({"lossless": True} if suffix == "webp" else {}),
+    )
     assert (read_image(tmp_path / f"a.{suffix}") == [250, 0, 0]).all()
 
 
@@ -125,14 +141,17 @@ def test_a_damaged_avif_is_an_image_or_a_sentence(tmp_path):
 
 
 def test_16_bit_pgm_is_scaled(tmp_path):
-    (tmp_path / "a.pgm").write_bytes(b"P5 2 1 65535\n" + np.array([257 * 100, 65535], ">u2").tobytes())
+    (tmp_path / "a.pgm").write_bytes(
+        b"P5 2 1 65535\n" + np.array([257 * 100, 65535], ">u2").tobytes()
+    )
     assert read_image(tmp_path / "a.pgm")[0, :, 0].tolist() == [100, 255]
 
 
 @pytest.mark.filterwarnings("ignore:Truncated File Read")
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF", "GIF"])
 def test_truncated_and_foreign_images_are_named_at_every_cut(tmp_path, kind):
-    """No cut raises anything but the codec's own error, and none that loses pixels gives an image."""
+    """No cut raises anything but the codec's own error, and none that loses pixels gives an
+    image."""
     buffer = io.BytesIO()
     Image.fromarray(dead_leaves(0, 64)).save(buffer, format=kind)
     data, path = buffer.getvalue(), tmp_path / "cut.img"
@@ -162,11 +181,21 @@ def test_files_that_are_no_images_and_the_case_of_names_do_not_matter(tmp_path):
         save_image(tmp_path / name, np.zeros((4, 4), np.uint8))
     (tmp_path / "._b.png").write_bytes(b"of macOS")
     (tmp_path / "folder.png").mkdir()
-    assert [path.relative_to(tmp_path).as_posix() for path in find_images(tmp_path)] == ["B.PNG", "a/c.png", "b.png"]
+    assert [path.relative_to(tmp_path).as_posix() for path in find_images(tmp_path)] == [
+        "B.PNG",
+        "a/c.png",
+        "b.png",
+    ]
 
 
-@pytest.mark.parametrize("option, value, what", [("--steps", "abc", "a whole number from 0 up"), ("--batch", 0, "a whole number from 1 up"),
-                                                 ("--lr", "nan", "a positive finite number")])  # fmt: skip
+@pytest.mark.parametrize(
+    "option, value, what",
+    [
+        ("--steps", "abc", "a whole number from 0 up"),
+        ("--batch", 0, "a whole number from 1 up"),
+        ("--lr", "nan", "a positive finite number"),
+    ],
+)
 def test_a_bad_number_is_told_what_it_should_be(option, value, what, monkeypatch, capsys):
     assert run_script(monkeypatch, "train.py", option, value) == 2
     assert f"{option}: '{value}' is not {what}" in capsys.readouterr().err
@@ -174,9 +203,18 @@ def test_a_bad_number_is_told_what_it_should_be(option, value, what, monkeypatch
 
 def test_crops_are_pieces_of_the_images_determined_by_the_generator():
     images = [dead_leaves(seed, 64) for seed in range(2)]
-    a, b = (random_crops([torch.from_numpy(image) for image in images], 4, 32, np.random.default_rng(5)) for _ in range(2))
-    assert torch.equal(a, b) and a.shape == (4, 3, 32, 32) and a.is_contiguous(memory_format=torch.channels_last)
-    windows = np.lib.stride_tricks.sliding_window_view(np.stack(images), (32, 32), axis=(1, 2))  # (2, 33, 33, 3, 32, 32)
+    a, b = (
+        random_crops([torch.from_numpy(image) for image in images], 4, 32, np.random.default_rng(5))
+        for _ in range(2)
+    )
+    assert (
+        torch.equal(a, b)
+        and a.shape == (4, 3, 32, 32)
+        and a.is_contiguous(memory_format=torch.channels_last)
+    )
+    windows = np.lib.stride_tricks.sliding_window_view(
+        np.stack(images), (32, 32), axis=(1, 2)
+    )  # (2, 33, 33, 3, 32, 32)
     for crop in a:
         crop = (crop * 255).round().to(torch.uint8).numpy()
         assert any((windows == c).all((3, 4, 5)).any() for c in (crop, crop[:, :, ::-1]))
@@ -199,7 +237,9 @@ def test_a_checkpoint_alone_rebuilds_its_codec(checkpoint, model):
     loaded, meta = load(checkpoint)
     for (name, a), b in zip(model.state_dict().items(), loaded.state_dict().values()):
         assert torch.equal(a, b), name
-    assert meta["lineage"] == [{"stage": "train", "arguments": {"lr": 0.1}, "steps": 7, "data": "photos", "parent": None}]
+    assert meta["lineage"] == [
+        {"stage": "train", "arguments": {"lr": 0.1}, "steps": 7, "data": "photos", "parent": None}
+    ]
     assert all(np.array_equal(a, b) for a, b in zip(meta["tables"]["z"], build_tables(model)["z"]))
 
 
@@ -212,9 +252,14 @@ def test_halve_halves_the_bytes_and_gives_a_codec_of_its_own(checkpoint, model, 
     for name, tensor in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor.half().float()), name
     tables = build_tables(loaded)
-    assert all(np.array_equal(a, b) for kind in "yz" for a, b in zip(meta["tables"][kind], tables[kind]))
+    assert all(
+        np.array_equal(a, b) for kind in "yz" for a, b in zip(meta["tables"][kind], tables[kind])
+    )
     before = load(checkpoint)[1]
-    assert meta["lineage"][-1]["parent"] == before["fingerprint"] != meta["fingerprint"] and meta["stage"] == before["stage"]
+    assert (
+        meta["lineage"][-1]["parent"] == before["fingerprint"] != meta["fingerprint"]
+        and meta["stage"] == before["stage"]
+    )
     assert meta["lineage"][-1]["data"] is None  # no images had a part in it
 
 
@@ -258,23 +303,51 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("arguments, sentence", [
-    (["train.py", "--data", "{tmp}/missing"], "missing is not a folder"),
-    (["train.py", "--data", "{tmp}"], "no images below"),
-    (["train.py", "--data", "{photos}", "--crop", "128"], "0.png is 64x64, smaller than the crop of 128"),
-    (["train.py", "--lambdas", "0.1", "0.01"], "rising order"),
-    (["train.py", "--data", "{photos}", "--crop", "60"], "multiple of 64"),
-    (["train.py", "--data", "{photos}", "--crop", "64", "--out", "{photos}/0.png/x.pt"], "cannot write"),
-    (["train.py", "--data", "{photos}", "--crop", "64", "--out", "{tmp}/x.pt", "--resume"], "cannot read"),
-    (["search.py", "--checkpoint", "{photos}/0.png"], "not a lic checkpoint"),
-    (["search.py", "--target", "1.5"], "between 0 and 1"),
-    (["search.py", "--checkpoint", "{tmp}/a.pt", "--crop", "100"], "multiple of 64"),
-    (["prune.py", "--checkpoint", "{tmp}/a.pt", "--plan", "{photos}/0.png", "--data", "{photos}", "--crop", "64", "--out",
-      "{tmp}/p.pt"], "not a plan"),
-    (["quantize.py", "--checkpoint", "{tmp}/missing.pt"], "cannot read"),
-    (["evaluate.py", "{tmp}/a.pt", "--data", "{tmp}/missing"], "missing is not a folder"),
-])  # fmt: skip
-def test_bad_input_is_one_sentence_and_status_2(arguments, sentence, tmp_path, photos, monkeypatch, capsys, model):
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (["train.py", "--data", "{tmp}/missing"], "missing is not a folder"),
+        (["train.py", "--data", "{tmp}"], "no images below"),
+        (
+            ["train.py", "--data", "{photos}", "--crop", "128"],
+            "0.png is 64x64, smaller than the crop of 128",
+        ),
+        (["train.py", "--lambdas", "0.1", "0.01"], "rising order"),
+        (["train.py", "--data", "{photos}", "--crop", "60"], "multiple of 64"),
+        (
+            ["train.py", "--data", "{photos}", "--crop", "64", "--out", "{photos}/0.png/x.pt"],
+            "cannot write",
+        ),
+        (
+            ["train.py", "--data", "{photos}", "--crop", "64", "--out", "{tmp}/x.pt", "--resume"],
+            "cannot read",
+        ),
+        (["search.py", "--checkpoint", "{photos}/0.png"], "not a lic checkpoint"),
+        (["search.py", "--target", "1.5"], "between 0 and 1"),
+        (["search.py", "--checkpoint", "{tmp}/a.pt", "--crop", "100"], "multiple of 64"),
+        (
+            [
+                "prune.py",
+                "--checkpoint",
+                "{tmp}/a.pt",
+                "--plan",
+                "{photos}/0.png",
+                "--data",
+                "{photos}",
+                "--crop",
+                "64",
+                "--out",
+                "{tmp}/p.pt",
+            ],
+            "not a plan",
+        ),
+        (["quantize.py", "--checkpoint", "{tmp}/missing.pt"], "cannot read"),
+        (["evaluate.py", "{tmp}/a.pt", "--data", "{tmp}/missing"], "missing is not a folder"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_status_2(
+    arguments, sentence, tmp_path, photos, monkeypatch, capsys, model
+):
     save(tmp_path / "a.pt", model, build_tables(model), "train", {}, 0)
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.chdir(tmp_path)
@@ -288,7 +361,8 @@ def test_bad_input_is_one_sentence_and_status_2(arguments, sentence, tmp_path, p
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
 def test_freed_memory_is_kept():
-    """In a process that keeps it, a second block of 16 MiB costs no page faults; in one that does not, 4,096."""
+    """In a process that keeps it, a second block of 16 MiB costs no page faults; in one that
+    does not, 4,096."""
     program = """if True:
         import resource, sys
         sys.path.insert(0, sys.argv[1])
@@ -301,17 +375,40 @@ def test_freed_memory_is_kept():
             del block
         print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"""
     root = Path(__file__).parent.parent
-    faults = [int(subprocess.run([sys.executable, "-c", program, root, word], capture_output=True, check=True).stdout)
-              for word in ("keep", "give")]  # fmt: skip
+    faults = [
+        int(
+            subprocess.run(
+                [sys.executable, "-c", program, root, word], capture_output=True, check=True
+            ).stdout
+        )
+        for word in ("keep", "give")
+    ]
     assert faults[0] < 100 and faults[1] > 1000
 
 
-@pytest.mark.parametrize("capability, times", [("AVX2", 1), ("AVX512", 0), ("DEFAULT", 0)])  # the last: also an ARM's
-def test_amp_on_a_cpu_without_fast_bf16_is_warned_of_once(capability, times, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "capability, times", [("AVX2", 1), ("AVX512", 0), ("DEFAULT", 0)]
+)  # the last: also an ARM's
+def test_amp_on_a_cpu_without_fast_bf16_is_warned_of_once(
+    capability, times, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     files.warn_of_slow_bf16.cache_clear()
     golden = Path(__file__).parent / "golden"
-    compress = ["lic/__main__.py", "compress", golden / "pixel.png", tmp_path / "a.lic", "--quality", 1, "--checkpoint", golden / "codec.pt"]
+    compress = [
+        "lic/__main__.py",
+        "compress",
+        golden / "pixel.png",
+        tmp_path / "a.lic",
+        "--quality",
+        1,
+        "--checkpoint",
+        golden / "codec.pt",
+    ]
     assert run_script(monkeypatch, *compress) == 0 and capsys.readouterr().err == ""
-    assert run_script(monkeypatch, *compress, "--amp") == run_script(monkeypatch, *compress, "--amp") == 0
+    assert (
+        run_script(monkeypatch, *compress, "--amp")
+        == run_script(monkeypatch, *compress, "--amp")
+        == 0
+    )
     assert capsys.readouterr().err.count("leave out --amp") == times

@@ -1,4 +1,5 @@
-"""Damaged files and checkpoints: nothing but the codec's own refusal, quickly, and never a wrong image."""
+"""Damaged files and checkpoints: nothing but the codec's own refusal, quickly, and never a
+wrong image."""
 
 import io
 import pickle
@@ -18,8 +19,9 @@ import torch
 FOLDER = Path(__file__).parent / "golden"
 sys.path[:0] = [str(FOLDER.parent.parent)]
 
-from lic.bitstream import HEADER, MAGIC, VERSION, ImageCoder  # noqa: E402
-from lic.checkpoint import load  # noqa: E402
+from lic.codec.bitstream import ImageCoder  # noqa: E402
+from lic.codec.checkpoint import load  # noqa: E402
+from lic.codec.header import MAGIC, SIZE, VERSION  # noqa: E402
 from lic.files import BadStream, LicError  # noqa: E402
 
 MUTATIONS = 2000
@@ -38,31 +40,44 @@ def mutate(data, others, rng):
     elif kind == 2:
         other = others[rng.integers(len(others))]
         data = data[: rng.integers(len(data))] + other[rng.integers(len(other)) :]
-    elif kind == 3:  # one field after the fingerprint or before it: a size, a length, the quality, the checksum
-        offset, field = [(5, "<H"), (7, "<I"), (11, "<I"), (23, "<I"), (27, "<I"), (31, "<I"), (35, "<I"), (39, "<I")][rng.integers(8)]
+    elif (
+        kind == 3
+    ):  # one field after the fingerprint or before it: a size, a length, the quality, the checksum
+        offset, field = [
+            (5, "<H"),
+            (7, "<I"),
+            (11, "<I"),
+            (23, "<I"),
+            (27, "<I"),
+            (31, "<I"),
+            (35, "<I"),
+            (39, "<I"),
+        ][rng.integers(8)]
         (old,) = struct.unpack_from(field, data, offset)
-        value = [old + 1, old - 1, 0, 2**31, rng.integers(2**16), 64 * rng.integers(64)][rng.integers(6)]
+        value = [old + 1, old - 1, 0, 2**31, rng.integers(2**16), 64 * rng.integers(64)][
+            rng.integers(6)
+        ]
         struct.pack_into(field, data, offset, int(value) % 2 ** (8 * struct.calcsize(field)))
     elif kind == 4:
         start = rng.integers(len(data))
         data[start : start + 8] = rng.bytes(rng.integers(1, 17))
     else:
-        words = np.frombuffer(bytes(data[HEADER.size :]), "<u4").copy()
+        words = np.frombuffer(bytes(data[SIZE:]), "<u4").copy()
         rng.shuffle(words)
-        data[HEADER.size :] = words.tobytes()
+        data[SIZE:] = words.tobytes()
     return bytes(data)
 
 
 def with_checksum(data):
     """The file's own checksum made right again, and its length: what a careful forger would do."""
-    data = data[: len(data) - (len(data) - HEADER.size) % 4]
+    data = data[: len(data) - (len(data) - SIZE) % 4]
     data = bytearray(data)
     lengths = list(struct.unpack_from("<4I", data, 23))
-    words = (len(data) - HEADER.size) // 4
+    words = (len(data) - SIZE) // 4
     if sum(lengths) != words:
         lengths[1] = max(0, words - lengths[0] - lengths[2] - lengths[3])
         struct.pack_into("<4I", data, 23, *lengths)
-    struct.pack_into("<I", data, 43, zlib.crc32(data[HEADER.size :], zlib.crc32(data[:43])))
+    struct.pack_into("<I", data, 43, zlib.crc32(data[SIZE:], zlib.crc32(data[:43])))
     return bytes(data)
 
 
@@ -81,7 +96,7 @@ def fuzz():
             model, meta = load(FOLDER / f"{codec}.pt")
             coders[codec] = ImageCoder(model, meta["tables"], meta["fingerprint"])
         files.append((coders[codec], path.read_bytes()))
-    intact = [coder.decompress(data) for coder, data in files]
+    intact = [coder.decode(data) for coder, data in files]
     rng = np.random.default_rng(0)
     sentences, slowest = {}, 0.0
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -89,11 +104,11 @@ def fuzz():
         which = rng.integers(len(files))
         image_coder, original = files[which]
         data = mutate(original, [data for _, data in files], rng)
-        if k % 2 and len(data) >= HEADER.size:
+        if k % 2 and len(data) >= SIZE:
             data = with_checksum(data)
         start = time.perf_counter()
         try:
-            image = image_coder.decompress(data, MAX_PIXELS)
+            image = image_coder.decode(data, MAX_PIXELS)
         except BadStream as error:  # anything else fails the test
             sentence = re.sub(r"[0-9a-f.]*[0-9][0-9a-f.]*", "#", str(error))
             sentences[sentence] = sentences.get(sentence, 0) + 1
@@ -101,7 +116,10 @@ def fuzz():
             assert data == original and np.array_equal(image, intact[which])
         slowest = max(slowest, time.perf_counter() - start)
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory) / 1024
-    print(f"{MUTATIONS} mutated files, {sum(sentences.values())} refused, the slowest in {slowest:.2f} s, memory +{grown:.0f} MiB")
+    print(
+        f"{MUTATIONS} mutated files, {sum(sentences.values())} refused, "
+        f"the slowest in {slowest:.2f} s, memory +{grown:.0f} MiB"
+    )
     for sentence, count in sorted(sentences.items(), key=lambda item: -item[1]):
         print(f"{count:6}  {sentence}")
     assert sum(sentences.values()) > 0.95 * MUTATIONS
@@ -117,12 +135,13 @@ def test_random_bytes_are_refused():
         data = rng.bytes(rng.integers(200))
         for start in (b"", MAGIC, MAGIC + bytes([VERSION])):
             with pytest.raises(BadStream):
-                image_coder.decompress(start + data)
+                image_coder.decode(start + data)
 
 
 @pytest.mark.parametrize("codec", ["codec", "quantized"])
 def test_mutated_checkpoints_are_refused_or_mean_the_same(codec, tmp_path):
-    """A zip archive has bytes that mean nothing (dates, padding); whatever loads must be the same codec."""
+    """A zip archive has bytes that mean nothing (dates, padding); whatever loads must be the
+    same codec."""
     data = (FOLDER / f"{codec}.pt").read_bytes()
     model, meta = load(FOLDER / f"{codec}.pt")
     intact, tables = model.state_dict(), meta["tables"]
@@ -145,7 +164,11 @@ def test_mutated_checkpoints_are_refused_or_mean_the_same(codec, tmp_path):
         else:
             loaded = model.state_dict()
             assert all(torch.equal(tensor, loaded[name]) for name, tensor in intact.items())
-            assert all(np.array_equal(a, b) for kind in tables for a, b in zip(tables[kind], meta["tables"][kind]))
+            assert all(
+                np.array_equal(a, b)
+                for kind in tables
+                for a, b in zip(tables[kind], meta["tables"][kind])
+            )
     assert refused > 180
 
 

@@ -17,10 +17,12 @@ from helpers import ROOT, quantized_codec, run_script
 from numpy_decoder import Decoder, conv, deconv, gdn, leaky_relu
 from PIL import Image
 
-from lic import coder
 from lic.__main__ import classical, export
-from lic.bitstream import HEADER, ImageCoder, build_tables, padded
-from lic.checkpoint import load, save
+from lic.codec import coder
+from lic.codec.bitstream import ImageCoder, channel_index, padded
+from lic.codec.checkpoint import load, save
+from lic.codec.header import Header, crc_of_symbols, pack_file
+from lic.codec.tables import build_tables
 from lic.files import LicError
 from lic.images import dead_leaves, read_image
 from lic.metrics import psnr
@@ -41,15 +43,19 @@ def decoder_of(name):
 def test_the_golden_files_are_no_trivial_ones(golden):
     assert len(FILES) == 6
     assert all(np.unique(golden[f"{name}.y"]).size >= 3 for name in FILES)
-    escapes = {name: struct.unpack_from("<II", (FOLDER / name).read_bytes(), 31) for name in FILES}  # of z, of y
+    escapes = {
+        name: struct.unpack_from("<II", (FOLDER / name).read_bytes(), 31) for name in FILES
+    }  # of z, of y
     assert escapes["codec_noise_2.lic"][1] > 100 and min(escapes["quantized_noise_0.lic"]) >= 5
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_golden_files_decode_to_the_same_symbols_and_pixels(name, golden):
     with Recorder() as symbols:
-        pixels = decoder_of(name).decompress((FOLDER / name).read_bytes())
-    assert np.array_equal(symbols[0], golden[f"{name}.z"]) and np.array_equal(symbols[1], golden[f"{name}.y"])
+        pixels = decoder_of(name).decode((FOLDER / name).read_bytes())
+    assert np.array_equal(symbols[0], golden[f"{name}.z"]) and np.array_equal(
+        symbols[1], golden[f"{name}.y"]
+    )
     assert np.abs(pixels.astype(int) - golden[f"{name}.pixels"]).max() <= 1
 
 
@@ -63,29 +69,54 @@ def test_numpy_decoder_gives_the_same_symbols_and_pixels(name, golden):
 
 def test_numpy_decoder_rounds_no_float_input(tmp_path):
     model = quantized_codec(float_inputs=["g_s.conv4"])
-    image_coder = ImageCoder(model, tables := build_tables(model), save(tmp_path / "q.pt", model, tables, "quantize", {}, 0))
+    image_coder = ImageCoder(
+        model,
+        tables := build_tables(model),
+        save(tmp_path / "q.pt", model, tables, "quantize", {}, 0),
+    )
     export(argparse.Namespace(checkpoint=tmp_path / "q.pt", output=str(tmp_path / "q.npz")))
-    data = image_coder.compress(dead_leaves(5, 64), 2)
+    data = image_coder.encode(dead_leaves(5, 64), 2)
     decoder = Decoder(dict(np.load(tmp_path / "q.npz")))
-    difference = lambda: np.abs(decoder.decode(data)[2].astype(int) - image_coder.decompress(data)).max()  # noqa: E731
+    difference = lambda: np.abs(
+        decoder.decode(data)[2].astype(int) - image_coder.decode(data)
+    ).max()  # noqa: E731
     assert difference() <= 1
     decoder.float_inputs = ["g_s.conv1"]
     assert difference() > 1
 
 
 def test_numpy_decoder_runs_from_the_command_line_without_torch(tmp_path, golden):
-    code = (f"import sys, runpy; sys.modules['torch'] = None; sys.argv = ['', *{[str(FOLDER / 'codec.npz')]!r}, "
-            f"{str(FOLDER / 'codec_leaves_0.lic')!r}, {str(tmp_path / 'a.png')!r}]; "
-            f"runpy.run_path({str(ROOT / 'tests' / 'numpy_decoder.py')!r}, run_name='__main__')")  # fmt: skip
+    code = (
+        f"import sys, runpy; sys.modules['torch'] = None; "
+        f"sys.argv = ['', {str(FOLDER / 'codec.npz')!r}, "
+        f"{str(FOLDER / 'codec_leaves_0.lic')!r}, {str(tmp_path / 'a.png')!r}]; "
+        f"runpy.run_path({str(ROOT / 'ports' / 'numpy_decoder.py')!r}, run_name='__main__')"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
-    assert np.abs(read_image(tmp_path / "a.png").astype(int) - golden["codec_leaves_0.lic.pixels"]).max() <= 1
+    assert (
+        np.abs(
+            read_image(tmp_path / "a.png").astype(int) - golden["codec_leaves_0.lic.pixels"]
+        ).max()
+        <= 1
+    )
 
 
 @pytest.mark.parametrize("codec", ["codec", "quantized"])
 def test_export_gives_the_golden_archives(codec, tmp_path):
     path = tmp_path / "a.npz"
-    subprocess.run([sys.executable, "-m", "lic", "export", str(path), "--checkpoint", str(FOLDER / f"{codec}.pt")],
-                   cwd=ROOT, check=True)  # fmt: skip
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "lic",
+            "export",
+            str(path),
+            "--checkpoint",
+            str(FOLDER / f"{codec}.pt"),
+        ],
+        cwd=ROOT,
+        check=True,
+    )
     exported, expected = dict(np.load(path)), dict(np.load(FOLDER / f"{codec}.npz"))
     assert exported.keys() == expected.keys()
     for name, array in expected.items():
@@ -103,8 +134,19 @@ def forged(**fields):
     return bytes(data)
 
 
-@pytest.mark.parametrize("data", [b"", b"LIC", forged(height=0), forged(height=2**31), forged(quality=3 * 256), forged(height=64 * 20),
-                                  forged()[:-4], forged()[:50] + b"x" + forged()[51:]])  # fmt: skip
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"LIC",
+        forged(height=0),
+        forged(height=2**31),
+        forged(quality=3 * 256),
+        forged(height=64 * 20),
+        forged()[:-4],
+        forged()[:50] + b"x" + forged()[51:],
+    ],
+)
 def test_numpy_decoder_refuses_bad_files_with_a_value_error(data):
     decoder = Decoder(dict(np.load(FOLDER / "codec.npz")))
     assert len(decoder.decode(forged())) == 3  # the file itself is good
@@ -112,13 +154,15 @@ def test_numpy_decoder_refuses_bad_files_with_a_value_error(data):
         decoder.decode(data)
 
 
-@pytest.mark.parametrize("name", [n for n in FILES if "noise" not in n])  # those were written with outliers forced
+@pytest.mark.parametrize(
+    "name", [n for n in FILES if "noise" not in n]
+)  # those were written with outliers forced
 def test_encoding_again_differs_in_few_symbols_and_no_quality(name, golden):
     """Another machine may round a y the other way, and is right to."""
     codec, image, quality = name.removesuffix(".lic").split("_")
     image_coder, image = decoder_of(name), read_image(FOLDER / f"{image}.png")
     with Recorder() as symbols:
-        pixels = image_coder.decompress(image_coder.compress(image, float(quality)))
+        pixels = image_coder.decode(image_coder.encode(image, float(quality)))
     changed = (symbols[1] != golden[f"{name}.y"]).sum() + (symbols[0] != golden[f"{name}.z"]).sum()
     assert changed <= 2
     assert abs(psnr(pixels, image) - psnr(golden[f"{name}.pixels"], image)) < 0.02
@@ -138,16 +182,18 @@ def test_compare_puts_four_crops_side_by_side(tmp_path, monkeypatch, capsys):
     assert np.array_equal(beside[:, :64], read_image(FOLDER / "leaves.png")[5:69, 3:67])
     capsys.readouterr()
     assert run_script(monkeypatch, *compare) == 2  # an existing picture may be another photograph
-    assert "give the name of a new file" in capsys.readouterr().err and np.array_equal(read_image(output), beside)
+    assert "give the name of a new file" in capsys.readouterr().err and np.array_equal(
+        read_image(output), beside
+    )
 
 
 @pytest.mark.parametrize("form", ["JPEG", "WEBP"])
 def test_compare_takes_the_best_jpeg_and_webp_that_are_no_larger(form):
     image = read_image(FOLDER / "leaves.png")
-    quality, size, decoded = classical(image, form, 2500)
+    quality, data, decoded = classical(image, form, 2500)
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format=form, quality=quality + 1)
-    assert 0 < quality < 99 and size <= 2500 < len(buffer.getvalue())
+    assert 0 < quality < 99 and len(data) <= 2500 < len(buffer.getvalue())
     assert decoded.shape == image.shape and psnr(decoded, image) > 15
     assert classical(image, form, 1)[0] == 0  # the smallest there is
     with pytest.raises(LicError, match="Pillow cannot write"):
@@ -157,41 +203,65 @@ def test_compare_takes_the_best_jpeg_and_webp_that_are_no_larger(form):
 def test_four_megapixels_come_back_in_their_size():
     image = np.tile(read_image(FOLDER / "leaves.png"), (29, 23, 1))[:2559, :1601]
     image_coder = decoder_of("codec")
-    data = image_coder.compress(image, 2)
-    decoded = image_coder.decompress(data)
+    data = image_coder.encode(image, 2)
+    decoded = image_coder.decode(data)
     assert decoded.shape == image.shape
     assert psnr(decoded, image) > psnr(np.full_like(image, 128), image) + 3
 
 
 @pytest.mark.parametrize("codec", ["codec", "quantized"])
 def test_settings_of_the_decoder_change_no_symbol(codec, tmp_path):
-    """tests/exactness.py on one image; on Kodak its table is in docs/results.md."""
+    """tools/exactness.py on one image; on Kodak its table is in docs/results.md."""
     (tmp_path / "leaves.png").write_bytes((FOLDER / "leaves.png").read_bytes())
-    command = [sys.executable, "tests/exactness.py", "--data", tmp_path, "--checkpoint", FOLDER / f"{codec}.pt"]
+    command = [
+        sys.executable,
+        "tools/exactness.py",
+        "--data",
+        tmp_path,
+        "--checkpoint",
+        FOLDER / f"{codec}.pt",
+    ]
     done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = re.findall(r"^(1 thread|oneDNN off|NCHW|batch of 3) +(\d+) +(\d+)", done.stdout, re.MULTILINE)
+    rows = re.findall(
+        r"^(1 thread|oneDNN off|NCHW|batch of 3) +(\d+) +(\d+)", done.stdout, re.MULTILINE
+    )
     assert len(rows) == 6 and {wrong for setting, tried, wrong in rows[:4]} == {"0"}
 
 
-@pytest.mark.parametrize("environment", [{}, {"MKL_CBWR": "COMPATIBLE", "ONEDNN_MAX_CPU_ISA": "SSE41"}], ids=["this CPU", "as an older one"])
+@pytest.mark.parametrize(
+    "environment",
+    [{}, {"MKL_CBWR": "COMPATIBLE", "ONEDNN_MAX_CPU_ISA": "SSE41"}],
+    ids=["this CPU", "as an older one"],
+)
 def test_files_of_the_shipped_codecs_made_on_another_machine_are_read(environment):
-    """tests/golden/shipped/ was made on an AMD EPYC of the third generation (AVX2, no int8 kernels). The second case keeps
-    the libraries from using newer instructions: float64 sums in h_s then differ in their last bits (on x86)."""
+    """tests/golden/shipped/ was made on an AMD EPYC of the third generation (AVX2, no int8
+    kernels). The second case keeps the libraries from using newer instructions: float64 sums in h_s
+    then differ in their last bits (on x86)."""
     program = """if True:
         import sys
         sys.path[:0] = [".", "tests"]
         import numpy as np
-        from golden.make import FOLDER, SHIPPED, image_coder
+        from golden.make import FOLDER, SHIPPED
+        from lic.codec.bitstream import load_coder
         expected = np.load(FOLDER / "shipped" / "pixels.npz")
         for name in SHIPPED:
-            pixels = image_coder(f"checkpoints/{name}.pt").decompress((FOLDER / "shipped" / f"{name}.lic").read_bytes())
+            data = (FOLDER / "shipped" / f"{name}.lic").read_bytes()
+            pixels = load_coder(f"checkpoints/{name}.pt").decode(data)
             off = np.abs(pixels[::4, ::4].astype(int) - expected[name])
             print(name, off.max(), (off > 0).mean())"""
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines()]
-    assert len(rows) == 3 and all(int(most) <= 2 and float(share) < 0.01 for name, most, share in rows), done.stdout
+    assert len(rows) == 3 and all(
+        int(most) <= 2 and float(share) < 0.01 for name, most, share in rows
+    ), done.stdout
 
 
 def layers():
@@ -203,17 +273,22 @@ def test_layer_vectors_are_what_the_codec_computes():
     expected, seen = layers(), {}
     for name in expected:
         if "." in name:
-            model.get_submodule(name).register_forward_hook(lambda *hooked, name=name: seen.update({name: hooked[2]}))
+            model.get_submodule(name).register_forward_hook(
+                lambda *hooked, name=name: seen.update({name: hooked[2]})
+            )
     with torch.no_grad():
         model(padded(read_image(FOLDER / "leaves.png")[:64, :64]), torch.tensor([1.0]))
     assert len(seen) == len(expected) - 4 == 24
     for name, output in seen.items():
-        torch.testing.assert_close(output, torch.from_numpy(expected[name]), atol=1e-4, rtol=1e-4, msg=name)
+        torch.testing.assert_close(
+            output, torch.from_numpy(expected[name]), atol=1e-4, rtol=1e-4, msg=name
+        )
 
 
 @pytest.mark.parametrize("name", [name for name in layers() if "." in name])
 def test_layer_vectors_are_what_plain_numpy_computes(name):
-    """Each layer by itself, from the output before it: the vectors and formulas that a port starts from."""
+    """Each layer by itself, from the output before it: the vectors and formulas that a port
+    starts from."""
     vectors, arrays = layers(), dict(np.load(FOLDER / "codec.npz"))
     names = list(vectors)
     x = vectors[names[names.index(name) - 1]][0].astype(np.float64)
@@ -225,7 +300,12 @@ def test_layer_vectors_are_what_plain_numpy_computes(name):
     elif network == "g_s" or name in ("h_s.conv1", "h_s.conv2"):
         output = deconv(x, arrays[f"{name}.weight"], arrays[f"{name}.bias"])
     else:
-        output = conv(x, arrays[f"{name}.weight"], arrays[f"{name}.bias"], 1 if name in ("h_a.conv1", "h_s.conv3") else 2)
+        output = conv(
+            x,
+            arrays[f"{name}.weight"],
+            arrays[f"{name}.bias"],
+            1 if name in ("h_a.conv1", "h_s.conv3") else 2,
+        )
     np.testing.assert_allclose(vectors[name][0], output, atol=1e-4, rtol=1e-4)
 
 
@@ -233,15 +313,33 @@ def test_the_worked_example_of_the_format_page(golden):
     """docs/bitstream.md prints a file byte by byte; here it is made from its symbols."""
     page = (ROOT / "docs" / "bitstream.md").read_text(encoding="utf-8")
     block = page.split("## Worked example")[1].split("```")[1]
-    example = bytes.fromhex("".join(re.match(r"([0-9a-f]{2} *)*(?= |$)", line)[0] for line in block.splitlines()))
+    example = bytes.fromhex(
+        "".join(re.match(r"([0-9a-f]{2} *)*(?= |$)", line)[0] for line in block.splitlines())
+    )
     name = "codec_pixel_1.lic"
     assert example == (FOLDER / name).read_bytes()
 
     image_coder, (z, y) = decoder_of(name), (golden[f"{name}.{kind}"] for kind in "zy")
     _, y_index = image_coder._entropy_parameters(z.reshape(-1, 1, 1))
-    z_words, _ = coder.encode(z, np.arange(len(z), dtype=np.uint8), image_coder.tables["z"])
+    z_words, _ = coder.encode(z, channel_index((len(z), 1, 1)), image_coder.tables["z"])
     y_words, _ = coder.encode(y, y_index, image_coder.tables["y"])
-    fields = HEADER.pack(b"LIC\x89", 2, 256, 1, 1, image_coder.fingerprint, len(z_words), len(y_words), 0, 0, 0, 0)[:39]
-    fields += struct.pack("<I", zlib.crc32(y.astype("<i4"), zlib.crc32(z.astype("<i4"), zlib.crc32(fields))))
+    header = Header(256, 1, 1, image_coder.fingerprint, (len(z_words), len(y_words), 0, 0))
     words = z_words.astype("<u4").tobytes() + y_words.astype("<u4").tobytes()
+    assert example == pack_file(header, crc_of_symbols(header, z, y), words)
+    fields = struct.pack(
+        "<4sBHII8s4I",
+        b"LIC\x89",
+        2,
+        256,
+        1,
+        1,
+        header.fingerprint,
+        len(z_words),
+        len(y_words),
+        0,
+        0,
+    )
+    fields += struct.pack(
+        "<I", zlib.crc32(y.astype("<i4"), zlib.crc32(z.astype("<i4"), zlib.crc32(fields)))
+    )
     assert example == fields + struct.pack("<I", zlib.crc32(fields + words)) + words

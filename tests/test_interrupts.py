@@ -1,7 +1,8 @@
 """Killed at any moment, a command leaves the old file or the new one, never half of one.
 
-A child process runs the real command and kills itself with SIGKILL at its n-th write: at the worst
-moments (file opened, half written, written but not renamed, just renamed), and once at a random time.
+A child process runs the real command and kills itself with SIGKILL at its n-th write, at the worst
+moments (file opened, half written, written but not renamed, just renamed); and another at random
+times.
 """
 
 import os
@@ -16,8 +17,8 @@ import torch
 from golden.make import FOLDER
 from helpers import ROOT, run_script
 
-from lic.bitstream import ImageCoder
-from lic.checkpoint import load
+from lic.codec.bitstream import ImageCoder
+from lic.codec.checkpoint import load
 
 MOMENTS = ["opened", "half", "written", "renamed"]
 CHILD = """
@@ -75,8 +76,12 @@ else:
 
 
 def run_and_kill(moment, countdown, script, *arguments):
-    child = subprocess.run([sys.executable, "-c", CHILD, moment, str(countdown), script, *map(str, arguments)], cwd=ROOT,
-                           capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
+    child = subprocess.run(
+        [sys.executable, "-c", CHILD, moment, str(countdown), script, *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     assert child.returncode == -signal.SIGKILL, child.stderr.decode()[-500:]
 
 
@@ -84,10 +89,21 @@ def run_and_kill(moment, countdown, script, *arguments):
 def test_compress_killed_while_writing(moment, tmp_path):
     output = tmp_path / "a.lic"
     output.write_bytes(b"the old file")
-    run_and_kill(moment, 1, "lic", "compress", FOLDER / "leaves.png", output, "--quality", 0, "--checkpoint", FOLDER / "codec.pt")
+    run_and_kill(
+        moment,
+        1,
+        "lic",
+        "compress",
+        FOLDER / "leaves.png",
+        output,
+        "--quality",
+        0,
+        "--checkpoint",
+        FOLDER / "codec.pt",
+    )
     if moment == "renamed":
         model, meta = load(FOLDER / "codec.pt")
-        decoded = ImageCoder(model, meta["tables"], meta["fingerprint"]).decompress(output.read_bytes())
+        decoded = ImageCoder(model, meta["tables"], meta["fingerprint"]).decode(output.read_bytes())
         assert decoded.shape == (90, 70, 3)
     else:
         assert output.read_bytes() == b"the old file"
@@ -101,14 +117,21 @@ STAGES = {  # stage: arguments that make OUT.state three times and then OUT
 }
 
 
-@pytest.mark.parametrize("stage, moment", [("train", "half"), ("train", "written"), ("prune", "half"), ("quantize", "opened")])
-def test_a_stage_killed_while_saving_goes_on_from_the_save_before(stage, moment, tmp_path, photos, monkeypatch):
+@pytest.mark.parametrize(
+    "stage, moment",
+    [("train", "half"), ("train", "written"), ("prune", "half"), ("quantize", "opened")],
+)
+def test_a_stage_killed_while_saving_goes_on_from_the_save_before(
+    stage, moment, tmp_path, photos, monkeypatch
+):
     """Killed at its second save, then at its third; then it ends, as if never stopped."""
     command = [f"{stage}.py", *STAGES[stage], *TRAINING, "--data", photos]
     whole, killed = tmp_path / "whole.pt", tmp_path / "killed.pt"
     assert run_script(monkeypatch, *command, "--out", whole) == 0
     run_and_kill(moment, 2, *command, "--out", killed)
-    assert run_script(monkeypatch, *command, "--out", killed) == 2  # without --resume it would be written over
+    assert (
+        run_script(monkeypatch, *command, "--out", killed) == 2
+    )  # without --resume it would be written over
     assert torch.load(f"{killed}.state", weights_only=True)["step"] == 1 and not killed.exists()
     run_and_kill(moment, 2, *command, "--out", killed, "--resume")
     assert torch.load(f"{killed}.state", weights_only=True)["step"] == 2 and not killed.exists()
@@ -119,9 +142,11 @@ def test_a_stage_killed_while_saving_goes_on_from_the_save_before(stage, moment,
 def test_files_stay_whole_under_kills_at_random_times(tmp_path):
     """A process that does nothing but write, killed twenty times after random delays."""
     path = tmp_path / "a.bin"
-    code = (f"import itertools, sys, types\nsys.modules['torch'] = types.ModuleType('torch')\n"  # not needed, and slow to import
-            f"from lic.files import write_bytes\n"
-            f"for k in itertools.cycle(range(256)): write_bytes({str(path)!r}, bytes([k]) * 300_000)")  # fmt: skip
+    code = (
+        "import itertools\n"
+        "from lic.files import write_bytes\n"
+        f"for k in itertools.cycle(range(256)): write_bytes({str(path)!r}, bytes([k]) * 300_000)"
+    )
     delays = random.Random(0)
     for _ in range(20):
         path.unlink(missing_ok=True)

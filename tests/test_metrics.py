@@ -7,7 +7,11 @@ from lic.metrics import bd_rate, ms_ssim, psnr
 
 MEAN_SCALE = list(zip([0.12392, 0.19798, 0.30724, 0.46061], [27.6995, 29.3588, 31.1289, 32.9507]))
 HYPERPRIOR = list(zip([0.13129, 0.20889, 0.31986, 0.47836], [27.5815, 29.1967, 30.9722, 32.8382]))
-JPEG = list(zip([0.22115, 0.32661, 0.42313, 0.50839, 0.58787], [23.7799, 26.5772, 28.0422, 29.0418, 29.7847]))
+JPEG = list(
+    zip(
+        [0.22115, 0.32661, 0.42313, 0.50839, 0.58787], [23.7799, 26.5772, 28.0422, 29.0418, 29.7847]
+    )
+)
 
 
 def test_psnr_closed_form_and_no_uint8_wrap_around():
@@ -18,7 +22,10 @@ def test_psnr_closed_form_and_no_uint8_wrap_around():
 
 def two_images():
     y, x = np.mgrid[0:200, 0:240]
-    a = np.stack([128 + 80 * np.sin(x / 7) * np.cos(y / 11), 128 + 60 * np.cos((x + y) / 5), (x * y) % 256], -1)
+    a = np.stack(
+        [128 + 80 * np.sin(x / 7) * np.cos(y / 11), 128 + 60 * np.cos((x + y) / 5), (x * y) % 256],
+        -1,
+    )
     b = a + 20 * np.sin(x * y / 50)[..., None]
     return (np.clip(np.rint(i), 0, 255).astype(np.uint8) for i in (a, b))
 
@@ -46,10 +53,15 @@ def test_bd_rate_of_ten_percent_more_bits_is_ten_percent():
     assert bd_rate(JPEG, JPEG)[0] == pytest.approx(0)
 
 
-@pytest.mark.parametrize("curve, why", [
-    (JPEG[:3], "3 points"), ([(r, q + 50) for r, q in JPEG], "no quality range"),
-    (JPEG[:4] + [(0.6, 20.0)], "does not rise"), (JPEG[:4] + [(0.6, float("nan"))], "not finite"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "curve, why",
+    [
+        (JPEG[:3], "3 points"),
+        ([(r, q + 50) for r, q in JPEG], "no quality range"),
+        (JPEG[:4] + [(0.6, 20.0)], "does not rise"),
+        (JPEG[:4] + [(0.6, float("nan"))], "not finite"),
+    ],
+)
 def test_bd_rate_refuses_what_cannot_be_compared(curve, why):
     percent, reason = bd_rate(MEAN_SCALE, curve)
     assert percent is None and why in reason

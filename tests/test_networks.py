@@ -6,17 +6,17 @@ import pytest
 import torch
 from helpers import lively_codec, photo_like
 
-from lic.entropy import (
+from lic.codec.entropy import (
     LOG_SCALE_MIN,
     LOG_SCALE_STEP,
     EntropyBottleneck,
     GaussianConditional,
     add_noise,
-    round_ste,
     soft_limit,
 )
-from lic.gdn import GDN, IGDN, lower_bound
-from lic.models import PRESETS, Codec, preset_config
+from lic.codec.gdn import GDN, IGDN
+from lic.codec.gradients import lower_bound, round_ste
+from lic.codec.model import PRESETS, Codec, preset_config
 
 
 def test_gdn_at_initialisation_is_its_closed_form():
@@ -28,7 +28,9 @@ def test_gdn_at_initialisation_is_its_closed_form():
 def test_gdn_mixes_channels_with_gamma_out_in():
     gdn = GDN(2)
     with torch.no_grad():
-        gdn.gamma.copy_(torch.tensor([[0.0, 1.0], [0.0, 0.0]]))  # channel 0 is normalised by channel 1
+        gdn.gamma.copy_(
+            torch.tensor([[0.0, 1.0], [0.0, 0.0]])
+        )  # channel 0 is normalised by channel 1
     x = torch.tensor([3.0, 2.0]).view(1, 2, 1, 1)
     torch.testing.assert_close(gdn(x).flatten(), torch.tensor([3 / math.sqrt(1 + 4), 2.0]))
 
@@ -63,7 +65,9 @@ def test_prior_mass_sums_to_one_and_matches_the_cumulative():
 
 def test_gaussian_mass_sums_to_one_is_symmetric_and_positive_far_out():
     y = torch.arange(-50.0, 51)
-    p = torch.exp2(-GaussianConditional.bits(y, torch.full_like(y, 0.3), torch.full_like(y, math.log(4.0))))
+    p = torch.exp2(
+        -GaussianConditional.bits(y, torch.full_like(y, 0.3), torch.full_like(y, math.log(4.0)))
+    )
     assert p.sum().item() == pytest.approx(1, abs=1e-5)
     zero = torch.zeros_like(y)
     bits = GaussianConditional.bits(y, zero, zero)
@@ -72,7 +76,9 @@ def test_gaussian_mass_sums_to_one_is_symmetric_and_positive_far_out():
 
 
 def test_gaussian_bits_are_those_of_erfc_where_erfc_is_exact():
-    y, log_scale = torch.meshgrid(torch.arange(-4.0, 5).double(), torch.linspace(-2, 5, 50).double(), indexing="ij")
+    y, log_scale = torch.meshgrid(
+        torch.arange(-4.0, 5).double(), torch.linspace(-2, 5, 50).double(), indexing="ij"
+    )
     edge = lambda v: 0.5 * torch.erfc(v / log_scale.exp() * 0.5**0.5)  # noqa: E731
     p = edge(y.abs() - 0.5) - edge(y.abs() + 0.5)
     bits = GaussianConditional.bits(y, torch.zeros_like(y), log_scale)
@@ -85,7 +91,9 @@ def test_however_far_out_the_gradient_is_a_number_and_leads_back(distance):
     bits = soft_limit(GaussianConditional.bits(y, mean, log_scale))
     bits.sum().backward()
     assert 24 < bits.item() < 1000
-    assert -torch.inf < y.grad < 0 and 0 < mean.grad < torch.inf and -torch.inf < log_scale.grad < 0  # a step down the gradient: nearer, wider
+    assert (
+        -torch.inf < y.grad < 0 and 0 < mean.grad < torch.inf and -torch.inf < log_scale.grad < 0
+    )  # a step down the gradient: nearer, wider
 
 
 def test_an_outlier_feels_a_gradient_that_does_not_explode():
@@ -104,7 +112,9 @@ def test_soft_limit_is_the_identity_below_its_limit():
 
 def test_scale_index_inverts_the_table_of_scales_and_saturates():
     index = torch.arange(64)
-    assert torch.equal(GaussianConditional.scale_index(LOG_SCALE_MIN + LOG_SCALE_STEP * index), index)
+    assert torch.equal(
+        GaussianConditional.scale_index(LOG_SCALE_MIN + LOG_SCALE_STEP * index), index
+    )
     assert GaussianConditional.scale_index(torch.tensor([-1e9, 1e9])).tolist() == [0, 63]
 
 
@@ -113,7 +123,9 @@ def test_rounding_is_straight_through_and_noise_stays_in_half_a_step():
     round_ste(y).sum().backward()
     assert torch.equal(y.grad, torch.ones(1001)) and torch.equal(round_ste(y), torch.round(y))
     noise = add_noise(y) - y
-    assert noise.abs().max() <= 0.5 and noise.std().item() == pytest.approx(1 / math.sqrt(12), rel=0.1)
+    assert noise.abs().max() <= 0.5 and noise.std().item() == pytest.approx(
+        1 / math.sqrt(12), rel=0.1
+    )
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -126,7 +138,9 @@ def test_a_fractional_level_takes_the_geometric_mean_of_the_gains():
     model = lively_codec()
     low, high, middle = (model.gains(torch.tensor([level]))[0] for level in (1.0, 2.0, 1.5))
     torch.testing.assert_close(middle, torch.sqrt(low * high))
-    torch.testing.assert_close(model.gains(torch.tensor([3.0]))[0].flatten(), model.log_gain[3].exp())
+    torch.testing.assert_close(
+        model.gains(torch.tensor([3.0]))[0].flatten(), model.log_gain[3].exp()
+    )
 
 
 def test_a_single_lambda_is_the_fixed_rate_model():
@@ -138,7 +152,9 @@ def test_every_parameter_gets_a_gradient():
     model = lively_codec().train()
     out = model(photo_like(), torch.tensor([0.5]))
     (out.x_hat.square().mean() + out.y_bits.sum() + out.z_bits.sum()).backward()
-    without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    without = [
+        name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0
+    ]
     assert without == []
 
 

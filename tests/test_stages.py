@@ -1,4 +1,5 @@
-"""The real scripts, tiny: in sequence by subprocess, killed and resumed, and each with bad input."""
+"""The real scripts, tiny: in sequence by subprocess, killed and resumed, and each with bad
+input."""
 
 import json
 import signal
@@ -13,13 +14,14 @@ from PIL import Image
 
 import evaluate
 import prune
-from lic.checkpoint import load, load_plan
+from lic.codec.checkpoint import load
+from lic.codec.eight_bits import WIDE, input_ranges
+from lic.codec.model import Codec, preset_config
 from lic.files import LicError
 from lic.images import read_image
-from lic.models import Codec, preset_config
-from lic.optimizer import Optimizer
-from lic.quantization import INPUTS, WIDE
-from lic.training import load_state
+from lic.shrink.search import load_plan
+from lic.train.optimizer import Optimizer
+from lic.train.state import load_state
 
 TRAIN = ["--crop", "64", "--batch", "2"]
 
@@ -42,12 +44,55 @@ def pipeline(photos, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs")
     data = ["--data", photos]
     run_stage("train.py", *data, *TRAIN, "--steps", 20, "--out", out / "base.pt")
-    run_stage("search.py", *data, "--checkpoint", out / "base.pt", "--crop", 64, "--crops", 2, "--target", 0.4,
-              "--delta", 0.1, "--out", out / "plan.json")  # fmt: skip
-    run_stage("prune.py", *data, *TRAIN, "--checkpoint", out / "base.pt", "--plan", out / "plan.json", "--steps", 4,
-              "--out", out / "pruned.pt")  # fmt: skip
-    run_stage("quantize.py", *data, *TRAIN, "--checkpoint", out / "pruned.pt", "--steps", 4, "--out", out / "quantized.pt")
-    table = run_stage("evaluate.py", out / "base.pt", out / "pruned.pt", out / "quantized.pt", *data, "--json", out / "e.json")
+    run_stage(
+        "search.py",
+        *data,
+        "--checkpoint",
+        out / "base.pt",
+        "--crop",
+        64,
+        "--crops",
+        2,
+        "--target",
+        0.4,
+        "--delta",
+        0.1,
+        "--out",
+        out / "plan.json",
+    )
+    run_stage(
+        "prune.py",
+        *data,
+        *TRAIN,
+        "--checkpoint",
+        out / "base.pt",
+        "--plan",
+        out / "plan.json",
+        "--steps",
+        4,
+        "--out",
+        out / "pruned.pt",
+    )
+    run_stage(
+        "quantize.py",
+        *data,
+        *TRAIN,
+        "--checkpoint",
+        out / "pruned.pt",
+        "--steps",
+        4,
+        "--out",
+        out / "quantized.pt",
+    )
+    table = run_stage(
+        "evaluate.py",
+        out / "base.pt",
+        out / "pruned.pt",
+        out / "quantized.pt",
+        *data,
+        "--json",
+        out / "e.json",
+    )
     (out / "table.txt").write_text(table)
     return out
 
@@ -67,7 +112,10 @@ def test_evaluation_has_every_figure_and_they_are_consistent(pipeline):
             assert row["ideal_bpp"] < row["bpp"] < 1.05 * row["ideal_bpp"] + header + 0.1
             assert 0 < row["ms_ssim"] < 1 and 5 < row["psnr"] < 40
             assert row["encode_seconds"] > 0 and row["decode_seconds"] > 0
-            assert 0 < row["alive_y"] <= checkpoint["channels"]["y"] and 0 <= row["alive_z"] <= checkpoint["channels"]["z"]
+            assert (
+                0 < row["alive_y"] <= checkpoint["channels"]["y"]
+                and 0 <= row["alive_z"] <= checkpoint["channels"]["z"]
+            )
     for rows in result["classical"].values():
         assert [row["bpp"] for row in rows] == sorted(row["bpp"] for row in rows)
     assert "BD-rate" in (pipeline / "table.txt").read_text()
@@ -81,15 +129,29 @@ def test_lineage_tells_the_whole_story(pipeline):
 
 
 def test_scales_are_trained(pipeline, photos, monkeypatch):
-    arguments = ["--checkpoint", pipeline / "pruned.pt", "--data", photos, *TRAIN, "--steps", 0, "--out", pipeline / "calibrated.pt"]
+    arguments = [
+        "--checkpoint",
+        pipeline / "pruned.pt",
+        "--data",
+        photos,
+        *TRAIN,
+        "--steps",
+        0,
+        "--out",
+        pipeline / "calibrated.pt",
+    ]
     assert run_script(monkeypatch, "quantize.py", *arguments) == 0
     calibrated, tuned = (load(pipeline / name)[0] for name in ("calibrated.pt", "quantized.pt"))
     changed = 0
-    for name in INPUTS:
+    for name in input_ranges():
         before, after = calibrated.get_submodule(name), tuned.get_submodule(name)
-        assert torch.equal(before.input_scale, after.input_scale) == (after.input_range in (None, WIDE)), name
+        assert torch.equal(before.input_scale, after.input_scale) == (
+            after.input_range in (None, WIDE)
+        ), name
         changed += not torch.equal(before.weight_scale, after.weight_scale)
-    assert changed > len(INPUTS) // 2  # not all: with the rate so small at the end, a row may round to what it was
+    assert (
+        changed > len(input_ranges()) // 2
+    )  # not all: with the rate so small at the end, a row may round to what it was
 
 
 def test_plan_and_pruned_checkpoint_have_the_same_widths(pipeline):
@@ -100,31 +162,93 @@ def test_plan_and_pruned_checkpoint_have_the_same_widths(pipeline):
 
 
 def test_a_plan_for_another_checkpoint_is_refused(pipeline, photos):
-    error = run_stage("prune.py", "--checkpoint", pipeline / "pruned.pt", "--plan", pipeline / "plan.json",
-                      "--data", photos, *TRAIN, "--out", pipeline / "x.pt", status=2)  # fmt: skip
+    error = run_stage(
+        "prune.py",
+        "--checkpoint",
+        pipeline / "pruned.pt",
+        "--plan",
+        pipeline / "plan.json",
+        "--data",
+        photos,
+        *TRAIN,
+        "--out",
+        pipeline / "x.pt",
+        status=2,
+    )
     assert "was made for checkpoint" in error and not (pipeline / "x.pt").exists()
 
 
 def test_a_quantized_checkpoint_is_not_pruned_again(pipeline, photos, monkeypatch, capsys):
     for script in ("search.py", "prune.py", "quantize.py"):
-        assert run_script(monkeypatch, script, "--checkpoint", pipeline / "quantized.pt", "--out", pipeline / "x") == 2
+        assert (
+            run_script(
+                monkeypatch,
+                script,
+                "--checkpoint",
+                pipeline / "quantized.pt",
+                "--out",
+                pipeline / "x",
+            )
+            == 2
+        )
         assert "stage 'quantize'" in capsys.readouterr().err
 
 
 def test_a_target_that_no_plan_reaches_is_refused(pipeline, photos, monkeypatch, capsys):
-    status = run_script(monkeypatch, "search.py", "--checkpoint", pipeline / "base.pt", "--data", photos, "--crop", 64,
-                        "--method", "uniform", "--target", 0.99, "--out", pipeline / "no.json")  # fmt: skip
+    status = run_script(
+        monkeypatch,
+        "search.py",
+        "--checkpoint",
+        pipeline / "base.pt",
+        "--data",
+        photos,
+        "--crop",
+        64,
+        "--method",
+        "uniform",
+        "--target",
+        0.99,
+        "--out",
+        pipeline / "no.json",
+    )
     assert status == 2 and "no plan removes 99.0%" in capsys.readouterr().err
     assert not (pipeline / "no.json").exists()
 
 
 def test_what_was_measured_outlives_a_target_that_was_missed(pipeline, photos, monkeypatch, capsys):
-    search = ["search.py", "--checkpoint", pipeline / "base.pt", "--data", photos, "--crop", 64, "--crops", 2, "--delta", 0.001]
+    search = [
+        "search.py",
+        "--checkpoint",
+        pipeline / "base.pt",
+        "--data",
+        photos,
+        "--crop",
+        64,
+        "--crops",
+        2,
+        "--delta",
+        0.001,
+    ]
     out = pipeline / "missed.json"
-    assert run_script(monkeypatch, *search, "--target", 0.99, "--sensitivities", pipeline / "plan.json", "--out", out) == 2
+    assert (
+        run_script(
+            monkeypatch,
+            *search,
+            "--target",
+            0.99,
+            "--sensitivities",
+            pipeline / "plan.json",
+            "--out",
+            out,
+        )
+        == 2
+    )
     assert f"--sensitivities {out}.nearest saves" in capsys.readouterr().err and not out.exists()
     nearest, first = load_plan(f"{out}.nearest"), load_plan(pipeline / "plan.json")
-    assert nearest["sensitivity"] == first["sensitivity"] and nearest["sparsity"]["params"] > first["sparsity"]["params"]
+    assert (
+        nearest["sensitivity"] == first["sensitivity"]
+        and nearest["sparsity"]["params"] > first["sparsity"]["params"]
+    )
 
 
 @pytest.mark.parametrize("key", ["lambdas", "alpha", "sensitivity", "widths"])
@@ -136,53 +260,145 @@ def test_a_plan_in_which_something_is_missing_is_refused(key, pipeline):
         load_plan(pipeline / "lacks.json")
 
 
-def test_evolution_starts_from_the_threshold_plan_and_its_sensitivities(pipeline, photos, monkeypatch, capsys):
-    search = ["--checkpoint", pipeline / "base.pt", "--data", photos, "--crop", 64, "--crops", 2, "--target", 0.4, "--delta", 0.1]
-    arguments = [*search, "--method", "evolve", "--tries", 3, "--sensitivities", pipeline / "plan.json"]
+def test_evolution_starts_from_the_threshold_plan_and_its_sensitivities(
+    pipeline, photos, monkeypatch, capsys
+):
+    search = [
+        "--checkpoint",
+        pipeline / "base.pt",
+        "--data",
+        photos,
+        "--crop",
+        64,
+        "--crops",
+        2,
+        "--target",
+        0.4,
+        "--delta",
+        0.1,
+    ]
+    arguments = [
+        *search,
+        "--method",
+        "evolve",
+        "--tries",
+        3,
+        "--sensitivities",
+        pipeline / "plan.json",
+    ]
     assert run_script(monkeypatch, "search.py", *arguments, "--out", pipeline / "evolved.json") == 0
-    first, plan = (json.loads((pipeline / name).read_text()) for name in ("plan.json", "evolved.json"))
-    assert plan["method"] == "evolve" and plan["sensitivity"] == first["sensitivity"] and plan["alpha"] == first["alpha"]
+    first, plan = (
+        json.loads((pipeline / name).read_text()) for name in ("plan.json", "evolved.json")
+    )
+    assert (
+        plan["method"] == "evolve"
+        and plan["sensitivity"] == first["sensitivity"]
+        and plan["alpha"] == first["alpha"]
+    )
     assert plan["sparsity"]["params"] >= first["sparsity"]["params"]
     rise = [np.mean(np.divide(p["J_folded"], p["J"])) for p in (first, plan)]
     assert rise[1] <= rise[0] + 1e-6
     capsys.readouterr()
-    assert run_script(monkeypatch, "search.py", *arguments, "--importance", "l1", "--out", pipeline / "no.json") == 2
-    assert "no sensitivities with --importance l1" in capsys.readouterr().err and not (pipeline / "no.json").exists()
+    assert (
+        run_script(
+            monkeypatch,
+            "search.py",
+            *arguments,
+            "--importance",
+            "l1",
+            "--out",
+            pipeline / "no.json",
+        )
+        == 2
+    )
+    assert (
+        "no sensitivities with --importance l1" in capsys.readouterr().err
+        and not (pipeline / "no.json").exists()
+    )
 
 
 def test_the_widths_of_a_plan_can_be_trained_from_scratch(pipeline, photos, monkeypatch):
-    arguments = ["--plan", pipeline / "plan.json", "--data", photos, *TRAIN, "--steps", 1, "--out", pipeline / "scratch.pt"]
+    arguments = [
+        "--plan",
+        pipeline / "plan.json",
+        "--data",
+        photos,
+        *TRAIN,
+        "--steps",
+        1,
+        "--out",
+        pipeline / "scratch.pt",
+    ]
     assert run_script(monkeypatch, "train.py", *arguments) == 0
     assert load(pipeline / "scratch.pt")[0].config == load(pipeline / "pruned.pt")[0].config
 
 
 def test_training_goes_on_from_a_checkpoint(pipeline, photos, monkeypatch, capsys):
-    arguments = ["--checkpoint", pipeline / "base.pt", "--data", photos, *TRAIN, "--out", pipeline / "longer.pt"]
+    arguments = [
+        "--checkpoint",
+        pipeline / "base.pt",
+        "--data",
+        photos,
+        *TRAIN,
+        "--out",
+        pipeline / "longer.pt",
+    ]
     assert run_script(monkeypatch, "train.py", *arguments, "--steps", 0) == 0
     base, longer = (load(pipeline / name)[1] for name in ("base.pt", "longer.pt"))
     assert longer["fingerprint"] == base["fingerprint"]
     assert [entry["parent"] for entry in longer["lineage"]] == [None, base["fingerprint"]]
     assert run_script(monkeypatch, "train.py", *arguments, "--steps", 1) == 0
     assert load(pipeline / "longer.pt")[1]["fingerprint"] != base["fingerprint"]
-    again = ["--checkpoint", pipeline / "pruned.pt", "--data", photos, *TRAIN, "--steps", 1, "--out", pipeline / "narrow.pt"]
+    again = [
+        "--checkpoint",
+        pipeline / "pruned.pt",
+        "--data",
+        photos,
+        *TRAIN,
+        "--steps",
+        1,
+        "--out",
+        pipeline / "narrow.pt",
+    ]
     assert run_script(monkeypatch, "train.py", *again) == 0
     (_, narrow), (_, pruned) = load(pipeline / "narrow.pt"), load(pipeline / "pruned.pt")
-    assert narrow["stage"] == "prune" and narrow["config"] == pruned["config"] and narrow["fingerprint"] != pruned["fingerprint"]
+    assert (
+        narrow["stage"] == "prune"
+        and narrow["config"] == pruned["config"]
+        and narrow["fingerprint"] != pruned["fingerprint"]
+    )
     capsys.readouterr()
     assert run_script(monkeypatch, "train.py", *arguments, "--lambdas", 0.1) == 2
     assert "brings its own" in capsys.readouterr().err
 
 
 def test_the_ablation_has_a_row_a_layer_and_begins_at_zero(pipeline, photos, monkeypatch, capsys):
-    arguments = ["--photos", photos, "--crop", 64, "--calibration", 2, "--float", pipeline / "pruned.pt", "--quantized", pipeline / "quantized.pt"]
-    assert run_script(monkeypatch, "tests/ablation.py", *arguments) == 0
+    arguments = [
+        "--photos",
+        photos,
+        "--crop",
+        64,
+        "--calibration",
+        2,
+        "--float",
+        pipeline / "pruned.pt",
+        "--quantized",
+        pipeline / "quantized.pt",
+    ]
+    assert run_script(monkeypatch, "tools/ablation.py", *arguments) == 0
     text = capsys.readouterr().out
-    rows = [line.split()[0] for line in text.splitlines() if line[:4] in ("g_a.", "h_a.", "h_s.", "g_s.")]
-    assert rows == list(INPUTS)
+    rows = [
+        line.split()[0]
+        for line in text.splitlines()
+        if line[:4] in ("g_a.", "h_a.", "h_s.", "g_s.")
+    ]
+    assert rows == list(input_ranges())
     assert text.count("\ninput of ") == 9 and "\nall inputs float" in text
-    assert run_script(monkeypatch, "tests/ablation.py", *arguments, "--data", photos) == 0
+    assert run_script(monkeypatch, "tools/ablation.py", *arguments, "--data", photos) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 11 and (lines[1].endswith("+0.00 %") or "does not rise" in lines[1])  # 20 steps may give no curve
+    assert len(lines) == 11 and (
+        lines[1].endswith("+0.00 %") or "does not rise" in lines[1]
+    )  # 20 steps may give no curve
 
 
 def test_the_control_has_its_own_output(monkeypatch, capsys):
@@ -195,13 +411,27 @@ def test_the_control_has_its_own_output(monkeypatch, capsys):
 
 
 def test_a_scale_that_training_drove_to_zero_is_a_sentence(pipeline, photos, monkeypatch, capsys):
-    arguments = ["--checkpoint", pipeline / "pruned.pt", "--data", photos, *TRAIN, "--steps", 3, "--lr", 3, "--out", pipeline / "no.pt"]
+    arguments = [
+        "--checkpoint",
+        pipeline / "pruned.pt",
+        "--data",
+        photos,
+        *TRAIN,
+        "--steps",
+        3,
+        "--lr",
+        3,
+        "--out",
+        pipeline / "no.pt",
+    ]
     assert run_script(monkeypatch, "quantize.py", *arguments) == 2
     assert "smaller --lr" in capsys.readouterr().err and not (pipeline / "no.pt").exists()
 
 
 def test_a_flat_picture_is_evaluated_and_gives_valid_json(pipeline, tmp_path, monkeypatch, capsys):
-    Image.new("RGB", (64, 64), (128, 128, 128)).save(tmp_path / "grey.png")  # JPEG keeps it exactly: its PSNR is infinite
+    Image.new("RGB", (64, 64), (128, 128, 128)).save(
+        tmp_path / "grey.png"
+    )  # JPEG keeps it exactly: its PSNR is infinite
     arguments = [pipeline / "base.pt", "--data", tmp_path, "--json", tmp_path / "e.json"]
     assert run_script(monkeypatch, "evaluate.py", *arguments) == 0
     result = json.loads((tmp_path / "e.json").read_text(), parse_constant=pytest.fail)
@@ -224,7 +454,9 @@ def test_classical_codecs_that_cannot_write_an_image_are_left_out(capsys):
     assert capsys.readouterr().out.count("left out") == 3
 
 
-def test_an_image_beyond_the_limit_is_named_before_anything_is_measured(pipeline, tmp_path, monkeypatch, capsys):
+def test_an_image_beyond_the_limit_is_named_before_anything_is_measured(
+    pipeline, tmp_path, monkeypatch, capsys
+):
     Image.new("L", (2**17, 300)).save(tmp_path / "long.png")
     assert run_script(monkeypatch, "evaluate.py", pipeline / "base.pt", "--data", tmp_path) == 2
     error = capsys.readouterr()
@@ -232,13 +464,24 @@ def test_an_image_beyond_the_limit_is_named_before_anything_is_measured(pipeline
 
 
 def test_only_what_training_held_out(pipeline, photos, monkeypatch, capsys):
-    assert run_script(monkeypatch, "evaluate.py", pipeline / "base.pt", "--data", photos, "--held-out") == 0
+    assert (
+        run_script(monkeypatch, "evaluate.py", pipeline / "base.pt", "--data", photos, "--held-out")
+        == 0
+    )
     assert capsys.readouterr().out.startswith("images: 1,")
 
 
 def test_plot_without_matplotlib_is_a_sentence(pipeline, photos, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    status = run_script(monkeypatch, "evaluate.py", pipeline / "base.pt", "--data", photos, "--plot", pipeline / "p.png")
+    status = run_script(
+        monkeypatch,
+        "evaluate.py",
+        pipeline / "base.pt",
+        "--data",
+        photos,
+        "--plot",
+        pipeline / "p.png",
+    )
     assert status == 2 and "needs matplotlib" in capsys.readouterr().err
 
 
@@ -250,7 +493,9 @@ def test_command_line_there_and_back(pipeline, photos):
     run_stage("lic", "decompress", stream, image, *checkpoint)
     assert Image.open(image).size == (64, 64) and read_image(image).std() > 1
     image.unlink()
-    error = run_stage("lic", "decompress", stream, image, "--checkpoint", pipeline / "base.pt", status=1)
+    error = run_stage(
+        "lic", "decompress", stream, image, "--checkpoint", pipeline / "base.pt", status=1
+    )
     assert "made by model" in error and error.count("\n") == 1 and not image.exists()
     stream.write_bytes(stream.read_bytes()[:-1])
     error = run_stage("lic", "decompress", stream, image, *checkpoint, status=1)
@@ -258,7 +503,9 @@ def test_command_line_there_and_back(pipeline, photos):
     before = (photos / "1.png").read_bytes()
     error = run_stage("lic", "compress", photos / "0.png", photos / "1.png", *checkpoint, status=2)
     assert "end the name in .lic" in error and (photos / "1.png").read_bytes() == before
-    error = run_stage("lic", "compress", photos / "0.png", stream, *checkpoint, "--quality", 4, status=2)
+    error = run_stage(
+        "lic", "compress", photos / "0.png", stream, *checkpoint, "--quality", 4, status=2
+    )
     assert "between 0 and 3" in error
 
 
@@ -276,7 +523,12 @@ def test_killed_and_resumed_equals_never_stopped_to_the_last_bit(tmp_path, photo
     arguments = ["--data", photos, *TRAIN, "--steps", 24, "--save-every", 4]
     straight, broken = tmp_path / "straight.pt", tmp_path / "broken.pt"
     run_stage("train.py", *arguments, "--out", straight)
-    with subprocess.Popen(command("train.py", *arguments, "--out", broken), cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command("train.py", *arguments, "--out", broken),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
         assert any("saved" in line for line in process.stdout)
         process.send_signal(how)
         process.stdout.read()
@@ -290,7 +542,18 @@ def test_killed_and_resumed_equals_never_stopped_to_the_last_bit(tmp_path, photo
 
 def test_resuming_with_other_settings_is_refused(tmp_path, photos, pipeline):
     (tmp_path / "x.pt.state").write_bytes((pipeline / "base.pt.state").read_bytes())
-    error = run_stage("train.py", "--data", photos, *TRAIN, "--steps", 30, "--out", tmp_path / "x.pt", "--resume", status=2)
+    error = run_stage(
+        "train.py",
+        "--data",
+        photos,
+        *TRAIN,
+        "--steps",
+        30,
+        "--out",
+        tmp_path / "x.pt",
+        "--resume",
+        status=2,
+    )
     assert "is at step 20 of 20" in error
 
 
@@ -301,14 +564,37 @@ def test_a_state_that_is_a_checkpoint_is_refused(pipeline):
 
 
 def test_training_stops_with_a_sentence_when_the_loss_is_not_finite(tmp_path, photos):
-    error = run_stage("train.py", "--data", photos, *TRAIN, "--steps", 60, "--lr", "1e30", "--out", tmp_path / "x.pt", status=2)
+    error = run_stage(
+        "train.py",
+        "--data",
+        photos,
+        *TRAIN,
+        "--steps",
+        60,
+        "--lr",
+        "1e30",
+        "--out",
+        tmp_path / "x.pt",
+        status=2,
+    )
     assert "smaller --lr" in error and not (tmp_path / "x.pt").exists()
 
 
-FLAGS = {"amp", "compile", "resume", "control", "held-out", "published", "json", "plot"}  # off unless given
+FLAGS = {
+    "amp",
+    "compile",
+    "resume",
+    "control",
+    "held-out",
+    "published",
+    "json",
+    "plot",
+}  # off unless given
 
 
-@pytest.mark.parametrize("script", ["train.py", "search.py", "prune.py", "quantize.py", "evaluate.py"])
+@pytest.mark.parametrize(
+    "script", ["train.py", "search.py", "prune.py", "quantize.py", "evaluate.py"]
+)
 def test_help_tells_every_default(script, monkeypatch, capsys):
     assert run_script(monkeypatch, script, "--help") == 0
     text = capsys.readouterr().out

@@ -6,8 +6,10 @@ import torch
 from helpers import lively_codec, photo_like
 
 from lic.files import LicError
-from lic.optimizer import NEWTON_SCHULZ, Optimizer, orthogonal
-from lic.training import learning_rate, load_state, rate_distortion, save_state
+from lic.train.loss import rate_distortion
+from lic.train.optimizer import NEWTON_SCHULZ, Optimizer, orthogonal
+from lic.train.schedule import learning_rate
+from lic.train.state import load_state, save_state
 
 
 def test_learning_rate_warms_up_stays_and_declines_to_a_fiftieth():
@@ -33,8 +35,12 @@ def test_every_parameter_is_trained_by_exactly_one_optimizer():
     model = lively_codec()
     optimizer = Optimizer(model.to(memory_format=torch.channels_last))
     assert len(optimizer.kernels) == 14 and all(p.ndim == 4 for p in optimizer.kernels)
-    assert sorted(map(id, optimizer.kernels + optimizer.others)) == sorted(map(id, model.parameters()))
-    assert list(map(id, optimizer.adam.param_groups[0]["params"])) == list(map(id, optimizer.others))
+    assert sorted(map(id, optimizer.kernels + optimizer.others)) == sorted(
+        map(id, model.parameters())
+    )
+    assert list(map(id, optimizer.adam.param_groups[0]["params"])) == list(
+        map(id, optimizer.others)
+    )
     assert all(optimizer.matrix(k).data_ptr() == k.data_ptr() for k in optimizer.kernels)
 
 
@@ -45,14 +51,20 @@ def test_one_step_moves_everything_and_a_kernel_in_all_directions_alike():
         if p.ndim == 4:
             step = (p.detach() - before[name]).flatten(1)
             values = torch.linalg.svdvals(step) / (0.2 * 1e-3 * max(step.shape) ** 0.5)
-            assert 0.4 < values.min() and values.max() < 1.4, name  # orthogonal but for 5 Newton-Schulz iterations
+            assert 0.4 < values.min() and values.max() < 1.4, (
+                name
+            )  # orthogonal but for 5 Newton-Schulz iterations
 
 
 @pytest.mark.parametrize("shape", [(64, 1600), (192, 75), (1, 25)])
-@pytest.mark.parametrize("octaves", [0, 10, 40], ids=lambda octaves: f"singular values over {octaves} octaves")
+@pytest.mark.parametrize(
+    "octaves", [0, 10, 40], ids=lambda octaves: f"singular values over {octaves} octaves"
+)
 def test_orthogonal_is_newton_schulz_on_the_singular_values(shape, octaves):
     generator = torch.Generator().manual_seed(0)
-    U, S, Vt = torch.linalg.svd(torch.randn(shape, generator=generator, dtype=torch.float64), full_matrices=False)
+    U, S, Vt = torch.linalg.svd(
+        torch.randn(shape, generator=generator, dtype=torch.float64), full_matrices=False
+    )
     S = S * 2 ** -torch.linspace(0, octaves, len(S), dtype=torch.float64)
     a, b, c = NEWTON_SCHULZ
     expected = S / S.norm()
@@ -66,7 +78,9 @@ def test_orthogonal_is_newton_schulz_on_the_singular_values(shape, octaves):
 def test_kernels_are_trained_as_by_torchs_muon_but_for_its_bf16():
     model = lively_codec().to(memory_format=torch.channels_last)
     optimizer = Optimizer(model)
-    matrices = [torch.nn.Parameter(optimizer.matrix(kernel).clone()) for kernel in optimizer.kernels]
+    matrices = [
+        torch.nn.Parameter(optimizer.matrix(kernel).clone()) for kernel in optimizer.kernels
+    ]
     muon = torch.optim.Muon(matrices, lr=1e-2, weight_decay=0, adjust_lr_fn="match_rms_adamw")
     start = [matrix.detach().clone() for matrix in matrices]
     torch.manual_seed(0)
@@ -79,7 +93,9 @@ def test_kernels_are_trained_as_by_torchs_muon_but_for_its_bf16():
         muon.step()
     for kernel, matrix, before in zip(optimizer.kernels, matrices, start):
         moved, expected = optimizer.matrix(kernel) - before, matrix.detach() - before
-        assert (moved - expected).norm() < 0.02 * expected.norm()  # 0.011 here, all of it bf16; a momentum of 0.90 or 0.98 is 0.03 off
+        assert (
+            (moved - expected).norm() < 0.02 * expected.norm()
+        )  # 0.011 here, all of it bf16; a momentum of 0.90 or 0.98 is 0.03 off
 
 
 def test_a_kernels_step_does_not_depend_on_the_size_of_the_gradient():
@@ -89,7 +105,8 @@ def test_a_kernels_step_does_not_depend_on_the_size_of_the_gradient():
 
 
 def test_kernels_trained_in_the_fourier_domain_take_the_same_steps():
-    """A kernel's real DFT is a rotation of its 25 numbers, and Muon's step does not depend on the basis."""
+    """A kernel's real DFT is a rotation of its 25 numbers, and Muon's step does not depend on
+    the basis."""
     k = torch.arange(5.0)
     angle = 2 * torch.pi * k[:, None] * k / 5
     dft = (torch.cos(angle) + torch.sin(angle)) / 5**0.5  # Hartley's: real, and its own inverse
@@ -98,11 +115,15 @@ def test_kernels_trained_in_the_fourier_domain_take_the_same_steps():
 
     def trained(transform):
         module = torch.nn.Module()
-        module.kernel = torch.nn.Parameter(transform(start).contiguous(memory_format=torch.channels_last))
+        module.kernel = torch.nn.Parameter(
+            transform(start).contiguous(memory_format=torch.channels_last)
+        )
         module.rest = torch.nn.Parameter(torch.ones(1))
         optimizer = Optimizer(module)
         for _ in range(50):
-            ((transform(module.kernel) - target).square().mean() + module.rest.square().sum()).backward()
+            (
+                (transform(module.kernel) - target).square().mean() + module.rest.square().sum()
+            ).backward()
             optimizer.step(1e-2)
         return transform(module.kernel).detach()
 
@@ -119,8 +140,14 @@ def test_a_run_is_prolonged_only_before_its_rate_declines(tmp_path):
         save_state(path, model, optimizer, done, {"steps": 20_000, "lr": 0.1})
         return load_state(path, model, optimizer, {"steps": steps, "lr": 0.1} | changed)
 
-    assert resumed(6_666, 50_000) == 6_666 and resumed(6_666, 20_000) == 6_666 and resumed(20_000, 20_000) == 20_000
-    assert [learning_rate(s, 20_000, 1.0) for s in range(6_666)] == [learning_rate(s, 50_000, 1.0) for s in range(6_666)]
+    assert (
+        resumed(6_666, 50_000) == 6_666
+        and resumed(6_666, 20_000) == 6_666
+        and resumed(20_000, 20_000) == 20_000
+    )
+    assert [learning_rate(s, 20_000, 1.0) for s in range(6_666)] == [
+        learning_rate(s, 50_000, 1.0) for s in range(6_666)
+    ]
     for done, steps in ((6_667, 50_000), (6_666, 19_990), (100, 10_000)):
         with pytest.raises(LicError, match="--steps can change only"):
             resumed(done, steps)

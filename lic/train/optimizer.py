@@ -1,28 +1,33 @@
 """Muon for the kernels of the convolutions, Adam for all else.
 
-Adam scales each weight by itself. Muon replaces the momentum matrix of a layer by the nearest orthogonal
-one, so that every direction of the layer moves equally far, also those in which the gradient is small:
+Adam scales each weight by itself. Muon replaces the momentum matrix of a layer by the nearest
+orthogonal one, so that every direction of the layer moves equally far, also those in which the
+gradient is small:
 
-    M = 0.95 M + 0.05 G        W = W - lr 0.2 sqrt(max(rows, columns)) orthogonal(0.05 G + 0.95 M)
+    M = 0.95 M + 0.05 G
+    W = W - lr 0.2 sqrt(max(rows, columns)) orthogonal(0.05 G + 0.95 M)
 
-Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (2024); the scale, which gives a step
-the usual size of Adam's, is that of Liu et al., "Muon is scalable for LLM training", arXiv:2502.16982. What it
-gains is in docs/training.md, as is why torch.optim.Muon, which computes in bf16, is not used.
+Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (2024); the scale, which
+gives a step the usual size of Adam's, is that of Liu et al., "Muon is scalable for LLM training",
+arXiv:2502.16982. What it gains is in docs/training.md, as is why torch.optim.Muon, which computes
+in bf16, is not used.
 """
 
 import torch
 
 CLIP_NORM = 1.0  # of what Adam trains; Muon's step does not depend on the size of the gradient
 MOMENTUM = 0.95
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan's: five times this polynomial takes singular values to about 1
+# Jordan's polynomial a x + b x^3 + c x^5: five times it takes singular values to about 1
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonal(G):
-    """The factor U V^T of G = U S V^T, G (r, c) -> (r, c), with singular values of 0.7 to 1.2 in the place of 1; those
-    below 0.2 % of the norm of G come out smaller.
+    """The factor U V^T of G = U S V^T: (r, c) -> (r, c).
 
-    Newton-Schulz: X <- a X + b (X X^T) X + c (X X^T)^2 X. All iterations multiply X from the left by polynomials of
-    A = X X^T, so they are made on A, which is small, and X is multiplied once at the end.
+    Its singular values are 0.7 to 1.2 in the place of 1; those below 0.2 % of the norm of G come
+    out smaller. Newton-Schulz: X <- a X + b (X X^T) X + c (X X^T)^2 X. All iterations multiply X
+    from the left by polynomials of A = X X^T, so they are made on A, which is small, and X is
+    multiplied once at the end.
     """
     if len(G) > G.shape[1]:
         return orthogonal(G.T).T
@@ -44,7 +49,7 @@ def orthogonal(G):
 
 
 class Optimizer:
-    """Trains all parameters of `model`, whose 4-d ones must be channels_last; `step` takes the learning rate."""
+    """Trains all parameters of `model`, whose 4-d ones must be channels_last."""
 
     def __init__(self, model):
         self.kernels = [p for p in model.parameters() if p.ndim == 4]
@@ -59,12 +64,17 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, lr):
-        """One step along the gradients, which are then cleared; returns their norm, a tensor: to look at it waits for a GPU."""
+        """One step along the gradients, which are then cleared.
+
+        Returns their norm, a tensor: to look at it waits for a GPU.
+        """
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.kernels + self.others])
         for kernel, momentum in zip(self.kernels, self.momentum):
-            gradient, weight = self.matrix(kernel.grad.contiguous(memory_format=torch.channels_last)), self.matrix(kernel)
+            gradient = self.matrix(kernel.grad.contiguous(memory_format=torch.channels_last))
             momentum.lerp_(gradient, 1 - MOMENTUM)
-            weight.sub_(orthogonal(gradient.lerp(momentum, MOMENTUM)), alpha=lr * 0.2 * max(weight.shape) ** 0.5)
+            direction = orthogonal(gradient.lerp(momentum, MOMENTUM))
+            size = 0.2 * max(direction.shape) ** 0.5
+            self.matrix(kernel).sub_(direction, alpha=lr * size)
         torch.nn.utils.clip_grad_norm_(self.others, CLIP_NORM)
         for group in self.adam.param_groups:
             group["lr"] = lr

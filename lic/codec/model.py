@@ -5,6 +5,8 @@ the context model), with every width its own number and one gain vector a rate l
                                    +-> round around mean -> y_hat
     y_hat * inverse_gain[q] -> g_s -> + 0.5 -> x_hat
 
+The layers of the four networks are listed in structure.py.
+
 The gain is the reciprocal quantization step of a channel at a level, as in JPEG's tables;
 one set of weights serves every lambda (Cui et al., "Asymmetric gained deep image
 compression with continuous rate adaptation", CVPR 2021). Gains are stored as logarithms:
@@ -19,13 +21,20 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from lic.entropy import MAX_BITS, EntropyBottleneck, GaussianConditional, add_noise, round_ste, soft_limit
-from lic.gdn import GDN, IGDN
+from lic.codec import structure
+from lic.codec.entropy import (
+    MAX_BITS,
+    EntropyBottleneck,
+    GaussianConditional,
+    add_noise,
+    soft_limit,
+)
+from lic.codec.gdn import GDN, IGDN
+from lic.codec.gradients import round_ste
 
-SLOPE = 1 / 8  # of the leaky ReLU below zero; with a ReLU most units of h_a and h_s die (docs/training.md)
-STRIDE = 64  # x is a multiple of 64 pixels on either side: y has 1/16, z 1/64 of the resolution
-LAMBDAS = [0.0018, 0.0035, 0.0067, 0.013, 0.025, 0.0483]  # CompressAI's, loss = bpp + lmbda * 255^2 * mse
-PRESETS = {  # name: (N, M, number of lambdas); widths as in Minnen 2018 and CompressAI's mbt2018-mean
+SLOPE = 1 / 8  # of the leaky ReLU below zero; with a ReLU most units die (docs/training.md)
+LAMBDAS = [0.0018, 0.0035, 0.0067, 0.013, 0.025, 0.0483]  # CompressAI's, for the loss in train/
+PRESETS = {  # name: (N, M, number of lambdas); widths as in Minnen 2018 and mbt2018-mean
     "tiny": (32, 48, 4),
     "small": (64, 96, 4),
     "base": (128, 192, 5),
@@ -36,21 +45,41 @@ PRESETS = {  # name: (N, M, number of lambdas); widths as in Minnen 2018 and Com
 def preset_config(name, lambdas=None):
     """Config of a preset: {"widths": {group: channels}, "lambdas": [...]}; plain numbers only.
 
-    The twelve widths are named like the channel groups of pruning.py.
+    The groups are those of structure.py. lambdas: one a rate level, rising; by default the
+    preset's number of LAMBDAS.
     """
     N, M, levels = PRESETS[name]
-    widths = {"g_a.1": N, "g_a.2": N, "g_a.3": N, "y": M, "g_s.1": N, "g_s.2": N, "g_s.3": N,
-              "h_a.1": N, "h_a.2": N, "z": N, "h_s.1": M, "h_s.2": M * 3 // 2}  # fmt: skip
+    widths = dict.fromkeys(structure.groups(), N)
+    widths |= {"y": M, "h_s.1": M, "h_s.2": M * 3 // 2}
     return {"widths": widths, "lambdas": list(lambdas or LAMBDAS[:levels])}
 
 
-def conv(c_in, c_out, kernel=5, stride=2):
-    return nn.Conv2d(c_in, c_out, kernel, stride, padding=kernel // 2)
+def convolution(layer, c_in, c_out):
+    """The module of a structure.Layer; its output is stride times smaller, or larger."""
+    padding = layer.kernel // 2
+    if layer.kind == "conv":
+        return nn.Conv2d(c_in, c_out, layer.kernel, layer.stride, padding)
+    # the weight is (in, out, kh, kw), unlike a convolution's
+    return nn.ConvTranspose2d(
+        c_in, c_out, layer.kernel, layer.stride, padding, output_padding=layer.stride - 1
+    )
 
 
-def deconv(c_in, c_out):
-    """Doubles height and width. The weight is (in, out, 5, 5), unlike a convolution's."""
-    return nn.ConvTranspose2d(c_in, c_out, 5, stride=2, padding=2, output_padding=1)
+def network(name, widths):
+    """g_a, g_s, h_a or h_s with the channels of `widths`, {group: channels}, as nn.Sequential.
+
+    Its modules are named as in LAYERS: conv1, gdn1, conv2, ...
+    """
+    channels = structure.channels(widths)
+    modules = OrderedDict()
+    for layer in structure.layers_of(name):
+        c_in, c_out = channels[layer.reads], channels[layer.makes]
+        modules[layer.name.split(".")[1]] = convolution(layer, c_in, c_out)
+        if layer.then:
+            then = {"gdn": GDN, "igdn": IGDN}.get(layer.then)
+            module = then(c_out) if then else nn.LeakyReLU(SLOPE)
+            modules[layer.then_name.split(".")[1]] = module
+    return nn.Sequential(modules)
 
 
 class Output(NamedTuple):
@@ -66,36 +95,16 @@ class Codec(nn.Module):
         super().__init__()
         self.config = config
         self.lambdas = config["lambdas"]
-        self.quantization = None  # or the bits, set by quantization.quantize_layers
-        w = config["widths"]
-        self.g_a = nn.Sequential(OrderedDict(
-            conv1=conv(3, w["g_a.1"]), gdn1=GDN(w["g_a.1"]),
-            conv2=conv(w["g_a.1"], w["g_a.2"]), gdn2=GDN(w["g_a.2"]),
-            conv3=conv(w["g_a.2"], w["g_a.3"]), gdn3=GDN(w["g_a.3"]),
-            conv4=conv(w["g_a.3"], w["y"]),
-        ))  # fmt: skip
-        self.g_s = nn.Sequential(OrderedDict(
-            conv1=deconv(w["y"], w["g_s.1"]), gdn1=IGDN(w["g_s.1"]),
-            conv2=deconv(w["g_s.1"], w["g_s.2"]), gdn2=IGDN(w["g_s.2"]),
-            conv3=deconv(w["g_s.2"], w["g_s.3"]), gdn3=IGDN(w["g_s.3"]),
-            conv4=deconv(w["g_s.3"], 3),
-        ))  # fmt: skip
-        self.h_a = nn.Sequential(OrderedDict(
-            conv1=conv(w["y"], w["h_a.1"], kernel=3, stride=1), lrelu1=nn.LeakyReLU(SLOPE),
-            conv2=conv(w["h_a.1"], w["h_a.2"]), lrelu2=nn.LeakyReLU(SLOPE),
-            conv3=conv(w["h_a.2"], w["z"]),
-        ))  # fmt: skip
-        self.h_s = nn.Sequential(OrderedDict(
-            conv1=deconv(w["z"], w["h_s.1"]), lrelu1=nn.LeakyReLU(SLOPE),
-            conv2=deconv(w["h_s.1"], w["h_s.2"]), lrelu2=nn.LeakyReLU(SLOPE),
-            conv3=conv(w["h_s.2"], 2 * w["y"], kernel=3, stride=1),
-        ))  # fmt: skip
-        self.prior_z = EntropyBottleneck(w["z"])
+        self.quantization = None  # or the bits, set by eight_bits.quantize_layers
+        widths = config["widths"]
+        self.g_a, self.g_s = network("g_a", widths), network("g_s", widths)
+        self.h_a, self.h_s = network("h_a", widths), network("h_s", widths)
+        self.prior_z = EntropyBottleneck(widths["z"])
         self.prior_y = GaussianConditional()
         # At high rate the best step size falls as 1 / sqrt(lmbda): D ~ step^2 and dR/dD ~ -1/D.
         start = 0.5 * torch.log(torch.tensor(self.lambdas) / self.lambdas[-1])  # (levels,)
-        self.log_gain = nn.Parameter(start[:, None].repeat(1, w["y"]))  # (levels, M)
-        self.log_inverse_gain = nn.Parameter(-start[:, None].repeat(1, w["y"]))
+        self.log_gain = nn.Parameter(start[:, None].repeat(1, widths["y"]))  # (levels, M)
+        self.log_inverse_gain = nn.Parameter(-start[:, None].repeat(1, widths["y"]))
 
     def gains(self, level):
         """Gain and inverse gain of each image: level (B,) -> two of (B, M, 1, 1).
@@ -103,13 +112,14 @@ class Codec(nn.Module):
         level is the position in `lambdas`, 0 to len(lambdas) - 1; a fraction takes the
         geometric mean of its neighbours' gains.
         """
-        low = level.floor().long().clamp(max=max(len(self.lambdas) - 2, 0))
-        high = (low + 1).clamp(max=len(self.lambdas) - 1)
+        last = len(self.lambdas) - 1
+        low = level.floor().long().clamp(max=max(last - 1, 0))
+        high = (low + 1).clamp(max=last)
         weight = (level - low)[:, None]
-        return tuple(
-            torch.exp(torch.lerp(log[low], log[high], weight))[:, :, None, None]
-            for log in (self.log_gain, self.log_inverse_gain)
-        )
+        gain = torch.exp(torch.lerp(self.log_gain[low], self.log_gain[high], weight))
+        inverse = self.log_inverse_gain
+        inverse_gain = torch.exp(torch.lerp(inverse[low], inverse[high], weight))
+        return gain[:, :, None, None], inverse_gain[:, :, None, None]
 
     def forward(self, x, level):
         """x (B, 3, H, W), level (B,) -> Output. The rate counts noisy latents in training mode
@@ -124,6 +134,7 @@ class Codec(nn.Module):
         x_hat = self.g_s(y_hat * inverse_gain).to(x.dtype) + 0.5
 
         y_coded, z_coded = (add_noise(y), add_noise(z)) if self.training else (y_hat, z_hat)
-        y_bits, z_bits = self.prior_y.bits(y_coded, mean, log_scale), self.prior_z.bits(z_coded)
+        y_bits = self.prior_y.bits(y_coded, mean, log_scale)
+        z_bits = self.prior_z.bits(z_coded)
         y_bits = soft_limit(y_bits) if self.training else y_bits.clamp(max=MAX_BITS)
         return Output(x_hat, y_bits.sum((2, 3)), z_bits.sum((2, 3)))

@@ -6,10 +6,9 @@ GaussianConditional p(y | mean, scale), a Gaussian convolved with a unit uniform
                     (the same paper, section 3; with means: arXiv:1809.02736)
 
 Both give the bits of the integer bin around a value: -log2 P(v - 1/2 < V < v + 1/2).
-Training replaces rounding by uniform noise in the rate (`add_noise`) and rounds with
-a straight-through gradient what enters a synthesis network (`round_ste`).
+Training replaces rounding by uniform noise in the rate (`add_noise`).
 Left out: the median and its auxiliary loss. z is rounded around 0 and the density
-learns where its mass is; coder.py finds the support of a table by bisection.
+learns where its mass is; tables.py finds the support of a table by bisection.
 """
 
 import math
@@ -18,9 +17,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lic.gdn import lower_bound
+from lic.codec.gradients import lower_bound, upper_bound
 
-MAX_BITS = 24.0  # what a symbol in the coder's table costs at most: its least probability is 2^-24
+MAX_BITS = 24.0  # of a symbol in the coder's table: its least probability is 2^-24
 SCALE_MIN, SCALE_MAX, SCALE_LEVELS = 0.11, 256.0, 64
 FARTHEST = 1000.0  # scales from the mean; 720,000 bits
 LOG_SCALE_MIN = math.log(SCALE_MIN)
@@ -32,18 +31,14 @@ def add_noise(y):
     return y + torch.rand_like(y) - 0.5
 
 
-def round_ste(y):
-    """Round half to even; the gradient passes as if nothing had happened."""
-    return y + (torch.round(y) - y).detach()
-
-
 def soft_limit(bits):
     """bits up to MAX_BITS, then MAX_BITS (1 + ln(bits / MAX_BITS)): smooth, any shape.
 
-    Within its table a symbol never costs more than MAX_BITS (outside, the escape's 51). A flat limit would
-    leave an outlier without a gradient; without a limit one outlier would own the gradient.
+    Within its table a symbol never costs more than MAX_BITS (outside, the escape's 51). A flat
+    limit would leave an outlier without a gradient; without a limit it would own the gradient.
     """
-    return torch.where(bits > MAX_BITS, MAX_BITS * (1 + torch.log(bits.clamp(min=MAX_BITS) / MAX_BITS)), bits)
+    beyond = MAX_BITS * (1 + torch.log(bits.clamp(min=MAX_BITS) / MAX_BITS))
+    return torch.where(bits > MAX_BITS, beyond, bits)
 
 
 class EntropyBottleneck(nn.Module):
@@ -53,6 +48,7 @@ class EntropyBottleneck(nn.Module):
     f_k(v) = u + tanh(a_k) * tanh(u),  u = softplus(H_k) v + b_k      (no tanh in f_K)
     which rises in v because softplus > 0 and |tanh(a_k)| < 1.
     Every tensor's axis 0 is the channel. `spread` is the width that the density starts with.
+    A channel has structure.PRIOR_PARAMETERS numbers.
     """
 
     def __init__(self, channels, hidden=(3, 3, 3), spread=10.0):
@@ -78,10 +74,10 @@ class EntropyBottleneck(nn.Module):
     def likelihood(self, z):
         """P(z - 1/2 < Z < z + 1/2), (B, C, H, W) -> (B, C, H, W), in float32 or better."""
         B, C, H, W = z.shape
-        with torch.autocast(z.device.type, enabled=False):  # bf16 cannot tell two close cdf values apart
+        with torch.autocast(z.device.type, enabled=False):  # bf16 cannot tell close values apart
             v = z.permute(1, 0, 2, 3).reshape(C, 1, -1)  # (C, 1, B*H*W)
             lower, upper = self.logits(v - 0.5), self.logits(v + 0.5)
-            # sigmoid saturates at 1: take the difference on the side where both values are small
+            # sigmoid saturates at 1: take the difference where both values are small
             sign = torch.where(lower + upper > 0, -1.0, 1.0)
             p = (torch.sigmoid(sign * upper) - torch.sigmoid(sign * lower)).abs()
         return p.reshape(C, B, H, W).permute(1, 0, 2, 3)
@@ -102,17 +98,19 @@ class GaussianConditional(nn.Module):
     def bits(y, mean, log_scale):
         """-log2 P(y - 1/2 < Y < y + 1/2) of each element, all of shape (B, M, h, w); not bounded.
 
-        In the logarithm: a difference of two cdf values is exactly 0 in float32 some ten scales from the
-        mean, and so is its gradient.
+        In the logarithm: a difference of two cdf values is exactly 0 in float32 some ten scales
+        from the mean, and so is its gradient.
         """
         log_scale = lower_bound(log_scale, LOG_SCALE_MIN)
-        scale = torch.exp(-lower_bound(-log_scale, -math.log(SCALE_MAX)))  # an upper bound that lets go, too
-        # The density is symmetric: both edges lie in or near the lower tail. Some 10^4 scales out the gradient of log_ndtr
-        # is no number in float32; beyond FARTHEST the bits stay those of FARTHEST and the gradient lets v come back.
-        v = -lower_bound(-(y - mean).abs() / scale, -FARTHEST)
-        upper = torch.special.log_ndtr(0.5 / scale - v)
-        lower = torch.special.log_ndtr(-0.5 / scale - v)
-        return (upper + torch.log(-torch.expm1(lower - upper))) * (-1 / math.log(2))
+        scale = torch.exp(upper_bound(log_scale, math.log(SCALE_MAX)))
+        # The gradient of log_ndtr is no number in float32 some 10^4 scales out. Beyond FARTHEST
+        # the bits stay those of FARTHEST, and the gradient of upper_bound lets y come back.
+        distance = upper_bound((y - mean).abs() / scale, FARTHEST)
+        # the density is symmetric: look at the lower tail, where both edges of the bin then lie
+        upper = torch.special.log_ndtr(0.5 / scale - distance)
+        lower = torch.special.log_ndtr(-0.5 / scale - distance)
+        log_mass = upper + torch.log(-torch.expm1(lower - upper))
+        return log_mass * (-1 / math.log(2))
 
     @staticmethod
     def scale_index(log_scale):

@@ -16,31 +16,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-PEDESTAL = 2.0**-36  # the derivative of a square is 0 at 0: gamma's zeros could never grow without it
+from lic.codec.gradients import lower_bound
+
+PEDESTAL = 2.0**-36  # a square's derivative is 0 at 0: gamma's zeros could never grow without it
 BETA_MIN = 1e-6
-
-
-class _LowerBound(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, bound):
-        ctx.save_for_backward(x)
-        ctx.bound = bound
-        return x.clamp(min=bound)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (x,) = ctx.saved_tensors
-        passes = (x >= ctx.bound) | (grad < 0)  # a step against grad < 0 raises x
-        return grad * passes, None
-
-
-def lower_bound(x, bound):
-    """max(x, bound); the gradient passes where x >= bound or where it would raise x.
-
-    x: tensor of any shape; bound: float. A plain maximum has no gradient below the
-    bound, so that whatever falls under it would never return.
-    """
-    return _LowerBound.apply(x, bound)
 
 
 class GDN(nn.Module):
@@ -55,7 +34,7 @@ class GDN(nn.Module):
         self.gamma = nn.Parameter(torch.sqrt(0.1 * torch.eye(channels) + PEDESTAL))
 
     def coefficients(self):
-        """beta (C,) and gamma (C out, C in) as the formula means them, from their stored square roots."""
+        """beta (C,) and gamma (C out, C in) as the formula means them, from what is stored."""
         beta = lower_bound(self.beta, (BETA_MIN + PEDESTAL) ** 0.5) ** 2 - PEDESTAL
         gamma = lower_bound(self.gamma, PEDESTAL**0.5) ** 2 - PEDESTAL
         return beta, gamma

@@ -1,0 +1,202 @@
+"""image -> bytes -> image. The format, byte by byte, is in docs/bitstream.md.
+
+What must agree between the encoder's machine and the decoder's is the table of each symbol.
+It comes from h_s: an ordinary float32 convolution differs in its last bits between machines, and
+one flipped table index scrambles the rest of the file. So h_s runs in float64, or in a quantized
+codec in exact integers (integer.py). The mean of a Gaussian never enters the coder; a last bit
+there moves a pixel by one step now and then.
+
+g_a, h_a and g_s may run anywhere, in any precision: the decoder never repeats the first two.
+"""
+
+import copy
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from lic.codec import checkpoint, coder, fast, structure
+from lic.codec.header import MAX_PIXELS, SIZE, Header, crc_of_symbols, pack_file, read_header
+from lic.codec.integer import MAX_SYMBOL, IntegerHyperSynthesis
+from lic.files import BadStream, LicError, warn_of_slow_bf16
+from lic.images import to_tensor
+
+
+def load_coder(path, amp=False):
+    """The ImageCoder of a checkpoint. Raises LicError for a file that cannot be used."""
+    model, meta = checkpoint.load(path)
+    return ImageCoder(model, meta["tables"], meta["fingerprint"], amp)
+
+
+class ImageCoder:
+    """Encodes and decodes with one model, on the CPU.
+
+    checkpoint.load gives model, tables and fingerprint. amp: g_a, h_a and g_s in bf16 autocast;
+    a file made so is as valid and is read by any decoder.
+    """
+
+    def __init__(self, model, tables, fingerprint, amp=False):
+        if amp:
+            warn_of_slow_bf16()
+        self.model, self.tables, self.amp = model.eval(), tables, amp
+        self.fingerprint = bytes.fromhex(fingerprint)[:8]
+        self.g_a, self.h_a, self.g_s = model.g_a, model.h_a, model.g_s
+        if model.quantization:
+            self.h_s = IntegerHyperSynthesis(model.h_s)
+        else:
+            self.h_s = copy.deepcopy(model.h_s).double()
+        fast.speed_up(self)  # may be left out
+
+    @torch.inference_mode()
+    def encode(self, image, quality=2, max_pixels=MAX_PIXELS):
+        """image (H, W, 3) uint8 of any size -> bytes.
+
+        quality: a rate level, 0 to levels - 1, in steps of 1/256. Raises TypeError for an array
+        of another kind, LicError for another quality or more than max_pixels.
+        """
+        check_image(image)
+        levels = len(self.model.lambdas)
+        if not 0 <= quality <= levels - 1:
+            raise LicError(
+                f"quality {quality} is not between 0 and {levels - 1}, this checkpoint's levels"
+            )
+        quality = round(quality * 256)
+        height, width = image.shape[:2]
+        if padded_pixels(height, width) > max_pixels:
+            raise LicError(
+                f"the image has {width}x{height} pixels, more than the limit of {max_pixels}; "
+                "raise it with --max-pixels, which the decoder will need too"
+            )
+        x = padded(image)
+        gain, _ = self.model.gains(torch.tensor([quality / 256]))
+        y = self._network(self.g_a, x - 0.5) * gain  # (1, M, H/16, W/16)
+        z = self._network(self.h_a, y)  # (1, Z, H/64, W/64)
+
+        z_symbols = integers(z, "z")
+        mean, y_index = self._entropy_parameters(z_symbols.reshape(z.shape[1:]))
+        y_symbols = integers(y - mean, "y")
+        z_words, z_escapes = coder.encode(z_symbols, channel_index(z.shape[1:]), self.tables["z"])
+        y_words, y_escapes = coder.encode(y_symbols, y_index, self.tables["y"])
+
+        words = [part.astype("<u4").tobytes() for part in (z_words, y_words)]
+        escapes = [part.astype("<i4").tobytes() for part in (z_escapes, y_escapes)]
+        lengths = len(z_words), len(y_words), len(z_escapes), len(y_escapes)
+        header = Header(quality, height, width, self.fingerprint, lengths)
+        symbols_crc = crc_of_symbols(header, z_symbols, y_symbols)
+        return pack_file(header, symbols_crc, b"".join(words + escapes))
+
+    @torch.inference_mode()
+    def decode(self, data, max_pixels=MAX_PIXELS):
+        """bytes -> image (H, W, 3) uint8. Raises BadStream rather than return a wrong image."""
+        header, symbols_crc = read_header(data)
+        self._check(header, max_pixels)
+        z_words, y_words, z_escapes, y_escapes = split_payload(data, header.lengths)
+        stride = structure.total_stride()
+        h, w = -(-header.height // stride), -(-header.width // stride)  # rounded up
+        z_shape = self.model.config["widths"]["z"], h, w
+        z_symbols = coder.decode(z_words, z_escapes, channel_index(z_shape), self.tables["z"])
+        mean, y_index = self._entropy_parameters(z_symbols.reshape(z_shape))
+        y_symbols = coder.decode(y_words, y_escapes, y_index, self.tables["y"])
+        if crc_of_symbols(header, z_symbols, y_symbols) != symbols_crc:
+            raise BadStream(
+                "the decoded symbols are not the encoder's: the file was forged, "
+                "or this machine computes h_s differently"
+            )
+        _, inverse_gain = self.model.gains(torch.tensor([header.quality / 256]))
+        y_hat = (torch.from_numpy(y_symbols).reshape(mean.shape) + mean).float()
+        y_hat = y_hat.contiguous(memory_format=torch.channels_last)
+        x_hat = self._network(self.g_s, y_hat * inverse_gain) + 0.5  # (1, 3, H', W')
+        x_hat = x_hat[0, :, : header.height, : header.width].clamp(0, 1) * 255
+        return x_hat.round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
+
+    def _check(self, header, max_pixels):
+        """Raise BadStream for a file that this model did not make, or that is too large."""
+        if header.fingerprint != self.fingerprint:
+            raise BadStream(
+                f"the file was made by model {header.fingerprint.hex()}, this checkpoint is "
+                f"{self.fingerprint.hex()}; decode with the same model"
+            )
+        if padded_pixels(header.height, header.width) > max_pixels:
+            raise BadStream(
+                f"the file declares {header.width}x{header.height} pixels, "
+                f"more than the limit of {max_pixels}; raise it with --max-pixels"
+            )
+        level = header.quality / 256
+        if level > len(self.model.lambdas) - 1:
+            raise BadStream(f"the file declares quality {level}, which this model does not have")
+
+    def _network(self, network, x):
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.amp):
+            return network(x).float()
+
+    def _entropy_parameters(self, z_hat):
+        """z_hat (Z, h, w) int32 -> mean (1, M, 4h, 4w) float64, index (M * 4h * 4w,) uint8."""
+        z_hat = torch.from_numpy(z_hat).double()[None]
+        z_hat = z_hat.contiguous(memory_format=torch.channels_last)
+        if self.model.quantization:
+            mean, index = self.h_s(z_hat)
+        else:
+            mean, log_scale = self.h_s(z_hat).chunk(2, 1)
+            index = self.model.prior_y.scale_index(log_scale)
+        return mean, index.flatten().to(torch.uint8).numpy()
+
+
+def check_image(image):
+    """TypeError unless image is an array (H, W, 3) of uint8."""
+    found = f"{type(image).__name__}"
+    if isinstance(image, np.ndarray):
+        found = f"array {image.shape} of {image.dtype}"
+        if image.ndim == 3 and image.shape[2] == 3 and 0 not in image.shape:
+            if image.dtype == np.uint8:
+                return
+    raise TypeError(
+        f"an image is an array (H, W, 3) of uint8, RGB from 0 to 255; this is {found}: "
+        "lic.images.read_image gives such an array of any file"
+    )
+
+
+def padded(image):
+    """(H, W, 3) uint8 -> (1, 3, H', W') in [0, 1]: right and bottom edge repeated to 64s."""
+    height, width = image.shape[:2]
+    stride = structure.total_stride()
+    right, bottom = -width % stride, -height % stride
+    return F.pad(to_tensor([image]), (0, right, 0, bottom), mode="replicate")
+
+
+def padded_pixels(height, width):
+    """Pixels of an image after padding: what its size costs in memory."""
+    stride = structure.total_stride()
+    return -(-height // stride) * -(-width // stride) * stride**2
+
+
+def channel_index(shape):
+    """The table of each z: its channel. shape (Z, h, w) -> (Z * h * w,) uint16."""
+    channels, h, w = shape
+    return np.repeat(np.arange(channels, dtype=np.uint16), h * w)
+
+
+def integers(tensor, what):
+    """Rounded latent as flat int32, in (channel, row, column) order.
+
+    Raises LicError for what an integer cannot hold.
+    """
+    tensor = tensor.round()
+    if not (tensor.isfinite().all() and tensor.abs().max() < MAX_SYMBOL):
+        raise LicError(
+            f"the model gives {what} that is not finite or beyond 2^30; its weights are not usable"
+        )
+    return tensor.to(torch.int32).flatten().numpy()
+
+
+def split_payload(data, lengths):
+    """Words of z and y, uint32, and escapes of z and y, int32, from the bytes of a file."""
+    parts, start = [], SIZE
+    for length, kind in zip(lengths, ("<u4", "<u4", "<i4", "<i4")):
+        end = start + 4 * length
+        part = np.frombuffer(data[start:end], kind)
+        parts.append(part.astype(part.dtype.newbyteorder("=")))
+        start = end
+    for escapes in parts[2:]:
+        if (np.abs(escapes.astype(np.int64)) >= MAX_SYMBOL).any():
+            raise BadStream("the file holds a symbol of 2^30 or more, which no encoder writes")
+    return parts

@@ -1,0 +1,136 @@
+"""The hand-over file between the stages: a plain dict that alone rebuilds its codec.
+
+    {"format", "version", "stage", "config", "state_dict", "tables", "quantization",
+     "lineage": [{"stage", "arguments", "steps", "data", "parent"}, ...], "metrics", "fingerprint"}
+
+It is loaded with weights_only=True, so no code in a file is ever run. The fingerprint is a
+SHA-256 over all that decoding depends on: config, tensors, tables. torch.load does not notice
+a flipped bit in a tensor; the fingerprint does. Compressed files carry its first 8 bytes.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lic.codec.eight_bits import pack, quantize_layers, unpack
+from lic.codec.model import Codec
+from lic.codec.tables import Tables
+from lic.files import UNREADABLE, LicError, read_tensors, write_tensors
+
+FORMAT, VERSION = "lic checkpoint", 2  # version 1 had ReLUs in the hyper networks
+FLOAT_STAGES = ("train", "control", "prune")  # the others are quantized
+
+
+def fingerprint(config, quantization, state_dict, tables):
+    """SHA-256 in hexadecimal over names, types, shapes and little-endian bytes, in sorted order."""
+    digest = hashlib.sha256(json.dumps([config, quantization], sort_keys=True).encode())
+    tensors = dict(state_dict)
+    for kind, table in tables.items():
+        for field, value in table.items():
+            tensors[f"tables.{kind}.{field}"] = value
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save(path, model, tables, stage, arguments, steps, parent=None, metrics=None):
+    """Write the checkpoint and return its fingerprint.
+
+    tables: from tables.build_tables. arguments: a plain dict, recorded in the lineage; of "data",
+    a folder, only the name, and None stands for the synthetic images. parent: the meta of the
+    checkpoint that this one was made from. metrics: plain numbers.
+    """
+    state_dict = {}
+    for name, tensor in model.state_dict().items():
+        state_dict[name] = tensor.detach().cpu().contiguous().clone()
+    if model.quantization:
+        state_dict = pack(state_dict)
+    tensors = {kind: tensors_of(table) for kind, table in tables.items()}
+    data = None
+    if "data" in arguments:
+        data = Path(arguments["data"] or "dead leaves").name
+    entry = {
+        "stage": stage,
+        "arguments": {key: value for key, value in arguments.items() if key != "data"},
+        "steps": steps,
+        "data": data,
+        "parent": parent["fingerprint"] if parent else None,
+    }
+    checkpoint = {
+        "format": FORMAT,
+        "version": VERSION,
+        "stage": stage,
+        "config": model.config,
+        "state_dict": state_dict,
+        "tables": tensors,
+        "quantization": model.quantization,
+        "lineage": [*(parent["lineage"] if parent else []), entry],
+        "metrics": metrics or {},
+        "fingerprint": fingerprint(model.config, model.quantization, state_dict, tensors),
+    }
+    write_tensors(path, checkpoint)
+    return checkpoint["fingerprint"]
+
+
+def tensors_of(table):
+    """A Tables as a dict of tensors, for the file."""
+    return {field: torch.from_numpy(value) for field, value in table._asdict().items()}
+
+
+def table_of(tensors):
+    """The inverse of `tensors_of`."""
+    arrays = (tensors[field].numpy() for field in Tables._fields)
+    return Tables(*map(np.ascontiguousarray, arrays))
+
+
+def load(path, stages=None):
+    """Model (eval mode, channels_last, float32) and meta.
+
+    meta: the dict above without state_dict, with coder tables and "bytes", the file's size.
+    stages: the stages that the caller can use; another is refused. Raises LicError for what cannot
+    be read or used.
+    """
+    checkpoint = read_tensors(path, f"{path} is not a lic checkpoint, or it is truncated")
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
+        raise LicError(
+            f"{path} is not a lic checkpoint; "
+            "give a file that train.py, prune.py or quantize.py wrote"
+        )
+    if checkpoint.get("version") != VERSION:
+        raise LicError(
+            f"{path} has checkpoint version {checkpoint.get('version')}; "
+            f"this program reads {VERSION}: train again"
+        )
+    if stages and checkpoint.get("stage") not in stages:
+        raise LicError(
+            f"{path} is a checkpoint of stage {checkpoint.get('stage')!r}; "
+            f"this needs one of {', '.join(stages)}"
+        )
+    try:
+        state_dict, tables = checkpoint.pop("state_dict"), checkpoint.pop("tables")
+        config, quantization = checkpoint["config"], checkpoint["quantization"]
+        float_inputs = list(quantization.get("float_inputs", [])) if quantization else []
+        found = fingerprint(config, quantization, state_dict, tables)
+        intact = found == checkpoint["fingerprint"]
+    except UNREADABLE:
+        intact = False
+    if not intact:
+        raise LicError(f"{path} is damaged: its contents do not match its fingerprint")
+    model = Codec(config)
+    if quantization:
+        quantize_layers(model, float_inputs=float_inputs)
+        if quantization != model.quantization:
+            raise LicError(
+                f"{path} is quantized as {quantization}; this program knows {model.quantization}; "
+                "quantize again with quantize.py"
+            )
+        state_dict = unpack(state_dict)
+    model.load_state_dict(state_dict)
+    checkpoint["tables"] = {kind: table_of(tensors) for kind, tensors in tables.items()}
+    checkpoint["bytes"] = Path(path).stat().st_size
+    return model.to(memory_format=torch.channels_last).eval(), checkpoint

@@ -1,0 +1,150 @@
+"""Faster forms of the same networks, for coding on a CPU. All works without this file, slower.
+
+8-bit convolutions run on int8 kernels, which compute the same integers as the simulation in
+eight_bits.py, and the last layer of g_s as an ordinary convolution. torch has such a kernel on x86,
+outside its documented interface (it serves torch.compile). So it is looked for and tried
+(`available`), and where it is missing, or wrong, the simulation computes the codec. In g_a, h_a and
+g_s the result differs from the simulation in the last bits of a float32; in h_s, which must be
+exact everywhere, in none.
+"""
+
+import functools
+from collections import OrderedDict
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lic.codec.eight_bits import LEAKY, SIGNED, WIDE, QuantizedConvolution
+from lic.codec.integer import h_s_layers
+from lic.codec.structure import subpixel
+
+
+class Int8Convolution(nn.Module):
+    """Inference with the int8 weights of a quantized layer; returns bf16 under autocast.
+
+    The kernel has no transposed form that doubles the size, so `subpixel` turns such a layer into
+    an ordinary one. integers: the input already is integers in LEAKY, and the output is the
+    integers of the sums, float32, without a bias.
+    """
+
+    def __init__(self, layer, integers=False):
+        super().__init__()
+        low, high = LEAKY if integers else layer.input_range
+        self.zero_point, self.largest = -low, high - low  # the kernel takes 0 to 255
+        self.input_scale = 1.0 if integers else layer.input_scale.item()
+        self.integers = integers
+        self.transposed = layer.transposed
+        weight, repeats = layer.integer_weight(), 1
+        self.stride, self.padding = layer.stride, layer.padding
+        if self.transposed:
+            weight, repeats = subpixel(weight), 4
+            self.stride, self.padding = (1, 1), (1, 1)
+        self.weight_scale = layer.weight_scale.detach().flatten().repeat_interleave(repeats)
+        self.bias = layer.bias.detach().repeat_interleave(repeats)
+        if integers:
+            self.weight_scale = torch.ones_like(self.weight_scale)
+            self.bias = torch.zeros_like(self.bias)
+        self.largest_sum = self.largest * weight.abs().flatten(1).sum(1).max().item()
+        self.weight_zero = torch.zeros(len(weight), dtype=torch.int32)
+        # fmt: off
+        self.packed = torch.ops.onednn.qconv_prepack(
+            weight.to(torch.int8).contiguous(), self.weight_scale, self.input_scale,
+            self.zero_point, self.stride, self.padding, (1, 1), 1, None)
+        # fmt: on
+
+    def forward(self, x):
+        """(B, in, h, w) -> what the layer makes of it, (B, out, h', w')."""
+        # in float32: bf16 has no room for both the integer and its fraction
+        q = x.float().div(self.input_scale).round_().add_(self.zero_point)
+        q = q.clamp_(0, self.largest).to(torch.uint8)
+        bf16 = torch.is_autocast_enabled("cpu") and not self.integers
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        # fmt: off
+        out = torch.ops.onednn.qconv2d_pointwise(
+            q.contiguous(memory_format=torch.channels_last), self.input_scale, self.zero_point,
+            self.packed, self.weight_scale, self.weight_zero, self.bias, self.stride, self.padding,
+            (1, 1), 1, 1.0, 0, dtype, "none", [], "")
+        # fmt: on
+        return F.pixel_shuffle(out, 2) if self.transposed else out
+
+
+class Int8IntegerConvolution(nn.Module):
+    """A layer of the integer h_s with its sums in int32, the same bits: one for each 8-bit digit.
+
+    exact: an IntegerConvolution; kernel: its layer as Int8Convolution(integers=True). The kernel
+    returns sums in float32, which holds every integer up to 2^24: larger ones it must not have.
+    """
+
+    def __init__(self, exact, kernel):
+        super().__init__()
+        self.kernel, self.multiplier = kernel, exact.multiplier
+        self.bias = exact.bias[:, None, None]
+
+    def forward(self, q):
+        high = torch.floor((q - LEAKY[0]) / 256)
+        low = q - 256 * high
+        high_sums, low_sums = self.kernel(torch.cat([high, low])).double().chunk(2)
+        return 256 * high_sums + low_sums + self.bias
+
+
+class LastConvolution(nn.Module):
+    """A float transposed convolution, (B, C, h, w) -> (B, 3, 2h, 2w), as an ordinary one and
+    `pixel_shuffle`. That takes 36 products for 25, and, with so few output channels, half the time
+    (tools/benchmark.py)."""
+
+    def __init__(self, layer):
+        super().__init__()
+        weight = subpixel(layer.weight.detach()).to(memory_format=torch.channels_last)
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", layer.bias.detach().repeat_interleave(4))
+
+    def forward(self, x):
+        return F.pixel_shuffle(F.conv2d(x, self.weight, self.bias, padding=1), 2)
+
+
+def speed_up(coder):
+    """Replace the networks of an ImageCoder by their faster forms; its model stays as it is."""
+    coder.g_a, coder.h_a, coder.g_s = map(faster, (coder.g_a, coder.h_a, coder.g_s))
+    if not (coder.model.quantization and available()):
+        return
+    for k, layer in enumerate(h_s_layers(coder.model.h_s)):
+        if layer.input_range != WIDE:
+            continue
+        kernel = Int8Convolution(layer, integers=True)
+        if kernel.largest_sum <= 2**24:
+            coder.h_s.layers[k] = Int8IntegerConvolution(coder.h_s.layers[k], kernel)
+
+
+def faster(network):
+    """g_a, h_a or g_s in its faster form; layers that have none are shared with `network`."""
+    modules = OrderedDict()
+    for name, layer in network.named_children():
+        if getattr(layer, "input_range", None):
+            layer = Int8Convolution(layer) if available() else layer
+        elif getattr(layer, "transposed", False) and layer.out_channels == 3:
+            layer = LastConvolution(layer)
+        modules[name] = layer
+    return nn.Sequential(modules)
+
+
+@functools.cache
+def available():
+    """Does this torch have the kernel, and are its sums right where they are largest?
+
+    Without VNNI instructions they saturate.
+    """
+    layer = QuantizedConvolution(
+        nn.ConvTranspose2d(64, 8, 5, stride=2, padding=2, output_padding=1), SIGNED
+    )
+    x = torch.full((1, 64, 8, 8), 127.0)
+    x[:, ::3] = -128
+    with torch.no_grad():
+        layer.weight_scale.fill_(1)
+        layer.weight.fill_(127)
+        layer.weight[::3] = -127
+        layer.bias.zero_()
+        try:
+            return torch.equal(Int8Convolution(layer)(x), layer(x))
+        except (AttributeError, RuntimeError, TypeError):
+            return False

@@ -1,0 +1,1 @@
+"""What the paper is about: the search for widths, the cut, 8 bits."""

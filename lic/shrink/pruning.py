@@ -1,0 +1,151 @@
+"""Structured pruning: which channels matter, what stays of those that go, and the cut.
+
+Which tensors a channel lives in is written in codec/structure.py.
+"""
+
+import torch
+
+from lic.codec import structure
+from lic.codec.gdn import PEDESTAL
+from lic.codec.model import Codec
+from lic.shrink.statistics import best_prediction
+
+
+@torch.no_grad()
+def narrow(model, keep, statistics=None):
+    """A new Codec that has only the channels keep = {group: rising indices (width,)}.
+
+    Groups that are not named stay whole. statistics, from `statistics.observe`: the channels that
+    stay take over what they can predict of the removed ones; without it those count as zeros.
+    """
+    state = model.state_dict()
+    if statistics:
+        for group, indices in keep.items():  # all before the first cut: a fold reads whole weights
+            fold_into_readers(model, state, group, indices, statistics)
+            if group in statistics.energies:
+                fold_into_gdn(model, state, group, indices, statistics)
+    widths = model.config["widths"]
+    for group, indices in keep.items():
+        for name, axis, copies in structure.axes_of_group(model, group):
+            kept = torch.cat([indices + copy * widths[group] for copy in range(copies)])
+            # a copy: a view would save its whole storage
+            state[name] = state[name].index_select(axis, kept)
+    widths = widths | {group: len(indices) for group, indices in keep.items()}
+    narrowed = Codec(model.config | {"widths": widths}).to(model.log_gain.dtype)
+    narrowed.load_state_dict(state)
+    return narrowed.to(memory_format=torch.channels_last)
+
+
+def removed(width, keep):
+    """The other indices of range(width)."""
+    stays = torch.zeros(width, dtype=torch.bool)
+    stays[keep] = True
+    return (~stays).nonzero()[:, 0]
+
+
+def fold_into_readers(model, state, group, keep, statistics):
+    """Let the layers that read `group` compute the removed channels from those that stay, in state.
+
+    The best linear prediction of the removed channels, over all positions, is
+
+        x_gone ~ B x_keep + c
+
+    With it a reader's output is a function of the others alone, of other weights and another bias:
+
+        W_keep x_keep + W_gone x_gone ~ (W_keep + W_gone B) x_keep + W_gone c
+
+    He, Zhang, Sun, "Channel pruning for accelerating very deep neural networks", arXiv:1707.06168,
+    reconstruct the reader's output by least squares; here its input is, which needs no more than
+    one covariance a layer.
+    """
+    gone = removed(model.config["widths"][group], keep)
+    for name in structure.groups()[group].used_by:
+        reader = model.get_submodule(name)
+        weight, bias = state[f"{name}.weight"], state[f"{name}.bias"]
+        B, c = best_prediction(statistics.inputs[name], keep, gone)
+        B, c = B.to(bias), c.to(bias)
+        out_axis, _ = structure.channel_axes(reader)
+        weight = weight.transpose(0, out_axis).clone()  # (out, in, k, k)
+        # of a transposed convolution a pixel meets one tap in stride^2, on average
+        share_met = 1 / reader.stride[0] ** 2 if reader.transposed else 1
+        state[f"{name}.bias"] = bias + share_met * weight[:, gone].sum((2, 3)) @ c
+        weight[:, keep] += torch.einsum("ogij,gk->okij", weight[:, gone], B)
+        state[f"{name}.weight"] = weight.transpose(0, out_axis)
+
+
+def fold_into_gdn(model, state, group, keep, statistics):
+    """The same for the GDN of `group`, in state, with x^2 in the place of x.
+
+    What is predicted of an energy must be positive: B and c are not negative, and B explains no
+    more than there was.
+    """
+    gone = removed(model.config["widths"][group], keep)
+    gdn = structure.groups()[group].gdn
+    energies = statistics.energies[group]
+    mean = energies.mean
+    B, _ = best_prediction(energies, keep, gone)
+    B = B.clamp(min=0)
+    explained = B @ mean[keep] / mean[gone].clamp(min=1e-12)
+    B = B / explained.clamp(min=1)[:, None]
+    c = (mean[gone] - B @ mean[keep]).clamp(min=0)
+    beta, gamma = model.get_submodule(gdn).coefficients()
+    B, c = B.to(gamma), c.to(gamma)
+    state[f"{gdn}.beta"] = torch.sqrt(beta + gamma[:, gone] @ c + PEDESTAL)
+    gamma[:, keep] += gamma[:, gone] @ B
+    state[f"{gdn}.gamma"] = torch.sqrt(gamma + PEDESTAL)
+
+
+def importance(model, statistics, measure="residual"):
+    """How much a channel matters, {group: (width,)}, by one of two measures:
+
+    residual  its rank in a backward elimination, see `residual`: what the others cannot replace
+              goes last
+    l1        L1 norm of the weights that make it (Li et al., "Pruning filters for efficient
+              ConvNets", arXiv:1608.08710): what is used most, and blind to what GDN does after
+
+    Raises ValueError for another measure.
+    """
+    if measure == "residual":
+        return residual(model, statistics)
+    if measure == "l1":
+        scores = {}
+        for group, (made_by, _, _) in structure.groups().items():
+            weights = structure.weight_rows(model.get_submodule(made_by))
+            scores[group] = weights.abs().sum(1)
+        return scores
+    raise ValueError(measure)
+
+
+def residual(model, statistics):
+    """Backward elimination: the rank in which the channels of a group can go, {group: (width,)}.
+
+    In each round the channel goes whose best prediction from those that are left costs its first
+    reader least: |W_c|^2 / P_cc, where P is the inverse covariance of what is left and 1 / P_cc the
+    variance that the others cannot predict. The "optimal brain surgeon" of a linear layer (Hassibi
+    and Stork, NIPS 1992), a channel at a time.
+    """
+    ranks = {}
+    for group, (_, _, used_by) in structure.groups().items():
+        reader = model.get_submodule(used_by[0])
+        covariance = statistics.inputs[used_by[0]].covariance()
+        width = len(covariance)
+        ridge = 1e-6 * covariance.diagonal().mean() + 1e-12
+        P = torch.linalg.inv(covariance + ridge * torch.eye(width, dtype=covariance.dtype))
+        _, in_axis = structure.channel_axes(reader)
+        energy = reader.weight.detach().double().square()
+        strength = energy.transpose(0, in_axis).sum((1, 2, 3))  # |W_c|^2, (width,)
+        ranks[group] = torch.zeros(width)
+        left = torch.ones(width, dtype=torch.bool)
+        for rank in range(width):
+            c = torch.where(left, strength / P.diagonal(), torch.inf).argmin()
+            ranks[group][c] = rank
+            left[c] = False
+            # the inverse covariance without c; its row and column become 0
+            P = P - P[:, c, None] * P[c] / P[c, c]
+            P[c, c] = 1
+    return ranks
+
+
+def most_important(scores, width):
+    """Indices of the `width` highest scores, rising: (width,)."""
+    return scores.topk(width).indices.sort().values

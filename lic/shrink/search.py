@@ -1,0 +1,208 @@
+"""The search: how many channels each group may keep.
+
+J = R + lmbda * 255^2 * MSE with real rounding, on calibration crops. Following Fig. 1 of Hossain
+and Zhu, arXiv:2506.01229:
+
+1. zeta_g(w): relative rise of J, averaged over the levels, when only group g is narrowed to w.
+2. Given alpha, every group keeps the smallest w with zeta_g(w) <= alpha.
+3. Adaptive search: bisection over the values that alpha can usefully take until S is as near to
+   S_target as it gets, S the share of the parameters (or multiply-accumulates) removed.
+
+Sensitivities of single groups ignore how groups interact. `evolve` goes on from the threshold plan
+and measures whole plans; the control is `uniform_widths`, one ratio for all groups.
+
+A plan is {group: width}. `rise`, an argument below, measures one: it takes a plan of some groups
+and gives the relative rise of J, averaged over the levels, when those are narrowed together.
+"""
+
+import json
+import math
+
+from lic.codec import structure
+from lic.files import LicError, read_bytes
+
+MULTIPLE = 8  # widths that vector units like; odd ones can be slower than what they replace
+RATIOS = [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]
+POPULATION = 8  # plans that evolve crosses
+
+FORMAT = "lic plan"
+KEYS = {
+    "method",
+    "importance",
+    "target",
+    "of",
+    "alpha",
+    "ratio",
+    "lambdas",
+    "sparsity",
+    "sensitivity",
+}
+
+
+def round_width(width):
+    """The nearest multiple that is not 0."""
+    return max(MULTIPLE, MULTIPLE * round(width / MULTIPLE))
+
+
+def sparsity(config, widths):
+    """Share removed by narrowing config to widths: {"params": S, "macs": S, "both": S}.
+
+    both: the smaller of the two.
+    """
+    narrowed = config | {"widths": widths}
+    params = 1 - structure.parameters(narrowed) / structure.parameters(config)
+    before, after = structure.kmac_per_pixel(config), structure.kmac_per_pixel(narrowed)
+    macs = 1 - after["total"] / before["total"]
+    return {"params": params, "macs": macs, "both": min(params, macs)}
+
+
+def sensitivities(config, rise, report=print):
+    """zeta of each group and candidate width, a group at a time: {group: {width: zeta}}."""
+    table = {}
+    for group, full in config["widths"].items():
+        table[group] = {full: 0.0}
+        candidates = {round_width(ratio * full) for ratio in RATIOS}
+        for width in sorted(candidates, reverse=True):
+            if width < full:
+                table[group][width] = rise({group: width})
+        row = "".join(f"{width:5}:{100 * zeta:+8.2f}%" for width, zeta in table[group].items())
+        report(f"{group:6}{row}")
+    return table
+
+
+def threshold_widths(table, alpha):
+    """Smallest width of each group with zeta <= alpha, or its full width if there is none.
+
+    A negative alpha keeps all but the channels that are better gone.
+    """
+    widths = {}
+    for group, row in table.items():
+        tolerable = [width for width, zeta in row.items() if zeta <= alpha]
+        widths[group] = min(tolerable, default=max(row))
+    return widths
+
+
+def adaptive_search(table, config, target, of):
+    """Alpha, widths and sparsity of the threshold plan nearest to the target sparsity."""
+    # S changes nowhere else than at these
+    alphas = sorted({zeta for row in table.values() for zeta in row.values()})
+
+    def widths_of(t):
+        return threshold_widths(table, alphas[int(t)])
+
+    t, widths, S = bisect(widths_of, 0, len(alphas) - 1e-9, config, target, of)
+    return alphas[int(t)], widths, S
+
+
+def uniform_widths(config, target, of):
+    """Ratio, widths and sparsity of the plan that narrows every group by the same ratio.
+
+    Groups round at staggered points, interleaved over the four networks: if all rounded to the
+    nearest multiple, equally wide groups would jump together and the plans would leave gaps of a
+    tenth in S.
+    """
+    count = len(config["widths"])
+    # steps of 5 through the groups: neighbours in the table round far apart
+    stagger = [(5 * i % count + 0.5) / count for i in range(count)]
+
+    def widths_of(t):
+        widths = {}
+        for (group, full), round_at in zip(config["widths"].items(), stagger):
+            narrowed = MULTIPLE * math.floor((1 - t) * full / MULTIPLE + round_at)
+            widths[group] = min(full, max(MULTIPLE, narrowed))
+        return widths
+
+    t, widths, S = bisect(widths_of, 0.0, 1.0, config, target, of)
+    return 1 - t, widths, S
+
+
+def bisect(widths_of, low, high, config, target, of):
+    """t, widths_of(t) and its sparsity, which rises with t in [low, high], nearest to target."""
+    best, least = None, math.inf
+    for _ in range(50):
+        t = (low + high) / 2
+        widths = widths_of(t)
+        S = sparsity(config, widths)[of]
+        if abs(S - target) < least:
+            best, least = (t, widths, S), abs(S - target)
+        if S < target:
+            low = t
+        else:
+            high = t
+    return best
+
+
+def evolve(rise, start, config, of, tries, rng, report=print):
+    """Widths of the least rise found among `tries` plans that cost no more than the plan `start`.
+
+    Each try crosses two of the best plans group by group, moves two groups by one to three
+    multiples, then spends what is left of the budget; a plan that was there before is not measured
+    again. After Real et al., "Regularized evolution for image classifier architecture search",
+    arXiv:1802.01548, but with crossover, and the best are kept, none dies of age.
+    """
+    groups, budget = list(start), sparsity(config, start)[of]
+    population = [(rise(start), start)]
+    seen = {tuple(start.values())}
+    report(f"try 0: rise of J {population[0][0]:+.2%}")
+    for number in range(1, tries + 1):
+        _, a = population[rng.integers(len(population))]
+        _, b = population[rng.integers(len(population))]
+        child = {}
+        for group in groups:
+            parent = a if rng.random() < 0.5 else b
+            child[group] = parent[group]
+        for group in rng.choice(groups, 2, replace=False):
+            child[group] += MULTIPLE * int(rng.choice([-3, -2, -1, 1, 2, 3]))
+        fit_budget(child, config, of, budget, rng)
+        if tuple(child.values()) in seen:
+            continue
+        seen.add(tuple(child.values()))
+        population.append((rise(child), child))
+        population.sort(key=lambda plan: plan[0])
+        population = population[:POPULATION]
+        if population[0][1] is child:
+            report(f"try {number}: rise of J {population[0][0]:+.2%}")
+    return population[0][1]
+
+
+def fit_budget(widths, config, of, budget, rng):
+    """Bring a plan to the sparsity `budget`, in place.
+
+    Random groups are narrowed until it is reached, then others widened while it stays there.
+    """
+    full = config["widths"]
+    for group, width in widths.items():
+        widths[group] = min(full[group], max(MULTIPLE, width))
+    while sparsity(config, widths)[of] < budget:
+        group = rng.choice([group for group in widths if widths[group] > MULTIPLE])
+        widths[group] = max(MULTIPLE, widths[group] - MULTIPLE)
+    for group in rng.permutation(list(widths)):
+        while widths[group] < full[group]:
+            wider = min(full[group], widths[group] + MULTIPLE)
+            if sparsity(config, widths | {group: wider})[of] < budget:
+                break
+            widths[group] = wider
+
+
+def load_plan(path, baseline=None):
+    """What search.py wrote, a dict; its "keep" is {group: [rising indices]}.
+
+    baseline: fingerprint of the checkpoint that it must have been made for. Raises LicError for
+    anything else.
+    """
+    try:
+        plan = json.loads(read_bytes(path))
+        complete = plan["format"] == FORMAT and isinstance(plan["baseline"], str)
+        complete = complete and KEYS <= plan.keys()
+        for group in structure.groups():
+            complete = complete and len(plan["keep"][group]) == plan["widths"][group] > 0
+    except (ValueError, KeyError, TypeError, AttributeError):
+        complete = False
+    if not complete:
+        raise LicError(f"{path} is not a plan that search.py wrote")
+    if baseline and plan["baseline"] != baseline:
+        raise LicError(
+            f"{path} was made for checkpoint {plan['baseline'][:16]}, this one is {baseline[:16]}; "
+            "run search.py on it"
+        )
+    return plan

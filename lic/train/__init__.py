@@ -1,0 +1,1 @@
+"""The loss, the optimizer and the loop that three stages share."""

@@ -1,0 +1,176 @@
+"""The loop that all training stages share: train, fine-tune, train with rounded activations.
+
+Noise for the rate and straight-through rounding for what enters g_s (Minnen and Singh,
+arXiv:2007.08739); one optimizer, no auxiliary loss. `--resume` goes on as if never stopped, to the
+last bit on the CPU (a GPU adds up in no fixed order): state.py.
+"""
+
+import signal
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lic.codec import structure
+from lic.files import LicError, warn_of_slow_bf16
+from lic.images import random_crops
+from lic.options import multiple_of, positive_number, positive_whole_number, whole_number
+from lic.train.loss import level_weights, mean_loss, rate_distortion
+from lic.train.optimizer import Optimizer
+from lic.train.schedule import learning_rate
+from lic.train.state import load_state, save_state
+
+# what a state must have been trained with, in words: change it when a step computes anything else
+RECIPE = "Muon in float32 and Adam, leaky ReLU, decline over two thirds"
+
+
+class Interrupted(LicError):
+    status = 130
+
+
+def add_training_arguments(parser, steps, lr, out):
+    """The options of a stage that trains; steps, lr and out are that stage's defaults."""
+    # fmt: off
+    add, stride = parser.add_argument, structure.total_stride()
+    add("--data", help="folder of images, searched recursively (default: synthetic images)")
+    add("--steps", type=whole_number, default=steps, help=f"training steps (default: {steps})")
+    add("--batch", type=positive_whole_number, default=8, help="crops a step (default: 8)")
+    add("--crop", type=multiple_of(stride), default=128,
+        help=f"side of a crop, pixels, a multiple of {stride} (default: 128)")
+    add("--lr", type=positive_number, default=lr, help=f"peak learning rate (default: {lr})")
+    add("--amp", action="store_true",
+        help="bf16 autocast: faster with AVX-512 bf16 or on a GPU")
+    add("--compile", action="store_true",
+        help="fuse the kernels of a step: after half a minute much faster on a GPU")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="where to train (default: cpu)")
+    add("--seed", type=whole_number, default=0, help="of weights, crops and noise (default: 0)")
+    add("--save-every", type=positive_whole_number, default=1000,
+        help="steps between saves (default: 1000)")
+    add("--out", default=out, help=f"checkpoint to write (default: {out})")
+    add("--resume", action="store_true",
+        help="go on from OUT.state, exactly as if never stopped")
+    # fmt: on
+
+
+def run_settings(model, train, args, parent):
+    """What --resume must find unchanged: plain values."""
+    return {
+        **{key: vars(args)[key] for key in ("steps", "batch", "crop", "lr", "amp", "seed")},
+        "data": args.data and Path(args.data).name,  # photos, photos/ and ../photos are the same
+        "images": [len(train), sum(image.size for image in train)],  # another would shift all crops
+        "config": model.config,
+        "quantization": model.quantization,
+        "parent": parent,
+        "recipe": RECIPE,
+    }
+
+
+def fit(model, train, held_out, args, parent=None):
+    """Train `model` in place for args.steps steps; args as `add_training_arguments` gives them.
+
+    train: list of (H, W, 3) uint8; held_out: (B, 3, H, W), whose J is printed at each save;
+    parent: what else the weights at step 0 came from, plain values, so that --resume notices
+    another.
+    Saves to OUT.state at intervals and on Ctrl-C or SIGTERM, then raises Interrupted; raises
+    LicError at the first gradient that is not finite. --resume takes another args.steps if the
+    warm-up is the same and the decline of the learning rate has not begun.
+    """
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise LicError("--device cuda: this torch sees no GPU; leave the option out")
+    if args.amp and args.device == "cpu":
+        warn_of_slow_bf16()
+    settings, state_path = run_settings(model, train, args, parent), args.out + ".state"
+    torch.backends.cudnn.benchmark = True  # the shapes never change
+    model.to(args.device, memory_format=torch.channels_last)
+    # a step is a thousand small kernels, which take longer to launch than to run on a GPU;
+    # this mode records them as CUDA graphs
+    forward = torch.compile(model, mode="reduce-overhead") if args.compile else model
+    train = [torch.from_numpy(image).to(args.device) for image in train]
+    held_out = held_out.to(args.device)
+    optimizer = Optimizer(model)
+    first = load_state(state_path, model, optimizer, settings) if args.resume else 0
+    lambdas = torch.tensor(model.lambdas, device=args.device)
+    weights = level_weights(model.lambdas).to(args.device)
+    progress = Progress(first, args.steps)
+    with signals_kept() as interrupted:
+        for step in range(first, args.steps):
+            rng = np.random.default_rng([args.seed, step])
+            torch.manual_seed(int(rng.integers(2**63)))  # the noise
+            x = random_crops(train, args.batch, args.crop, rng)  # (B, 3, crop, crop)
+            level = torch.from_numpy(rng.integers(len(lambdas), size=args.batch))  # (B,)
+            level = level.to(args.device, non_blocking=True)
+
+            model.train()
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=args.amp):
+                out = forward(x, level.float())
+            J, y_bpp, z_bpp, mse = rate_distortion(out, x, lambdas[level])
+            loss = (weights[level] * J).mean()
+            loss.backward()
+            norm = optimizer.step(learning_rate(step, args.steps, args.lr))
+            if not torch.isfinite(norm):  # the weights are spoilt, the last save is not
+                raise LicError(
+                    f"at step {step} the loss is {loss.item()} and its gradient's norm "
+                    f"{norm.item()}; remove {state_path}, if it is there, and start again with a "
+                    "smaller --lr"
+                )
+            with torch.no_grad():
+                psnr = -10 * torch.log10(mse)
+                progress.update(
+                    step + 1, loss=loss, bpp_y=y_bpp.mean(), bpp_z=z_bpp.mean(), psnr=psnr.mean()
+                )
+            done = step + 1
+            if interrupted or done == args.steps or done % args.save_every == 0:
+                save_state(state_path, model, optimizer, done, settings)
+                J = mean_loss(model, held_out, args.amp)
+                print(
+                    f"saved {state_path}  held-out J a level:", *(f"{v:.4f}" for v in J), flush=True
+                )
+            if interrupted:
+                raise Interrupted(f"interrupted after step {done}; go on with --resume")
+    model.to("cpu").eval()
+
+
+@contextmanager
+def signals_kept():
+    """Yields a list; SIGINT and SIGTERM append to it and do nothing else.
+
+    So a step and its save are not cut in two.
+    """
+    received, before = [], {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, lambda signum, frame: received.append(signum))
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Progress:
+    """Averages what a loop reports and prints it about every ten seconds, with the time left."""
+
+    def __init__(self, first, steps):
+        self.first, self.steps = first, steps
+        self.start = self.printed = time.monotonic()
+        self.sums, self.count = {}, 0
+
+    def update(self, step, **figures):
+        """step: how many are done; figures: 0-d tensors, averaged until the next line."""
+        for name, value in figures.items():
+            self.sums[name] = self.sums.get(name, 0) + value
+        self.count += 1
+        now = time.monotonic()
+        if step < self.steps and now - self.printed < 10:
+            return
+        pace = (now - self.start) / (step - self.first)
+        minutes, seconds = divmod(int(pace * (self.steps - step)), 60)
+        means = {name: float(total) / self.count for name, total in self.sums.items()}
+        text = "  ".join(f"{name} {mean:.4f}" for name, mean in means.items())
+        print(
+            f"step {step}/{self.steps}  {text}  {pace:.3f} s/step  "
+            f"left {minutes // 60}:{minutes % 60:02}:{seconds:02}",
+            flush=True,
+        )
+        self.printed, self.sums, self.count = now, {}, 0
