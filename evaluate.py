@@ -11,28 +11,19 @@ better.
 
 import io
 import json
-import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, features
 
-from lic.codec import structure
-from lic.codec.bitstream import MAX_PIXELS, ImageCoder, padded, padded_pixels
-from lic.codec.checkpoint import load
+from lic.codec.bitstream import MAX_PIXELS, padded_pixels
+from lic.codec.checkpoint import load_checkpoint
 from lic.files import LicError, check_writable, read_bytes, run, write_bytes
 from lic.images import HELD_OUT, dead_leaves, find_images, read_image
-from lic.metrics import bd_rate, ms_ssim, psnr
+from lic.measure import measure_checkpoint, measure_classical, points
+from lic.metrics import bd_rate
 from lic.options import make_parser
 
-CLASSICAL = {  # name: (Pillow format, feature to ask for, qualities)
-    "jpeg": ("JPEG", "jpg", (5, 10, 20, 30, 45, 60, 75, 90)),
-    "webp": ("WEBP", "webp", (1, 5, 15, 30, 50, 70, 85)),
-    "avif": ("AVIF", "avif", (15, 30, 40, 50, 60, 75)),
-}
-ALIVE = 0.001  # bits a position that a channel of y or z must carry to count as alive
 STAGES = ["runs/base.pt", "runs/pruned.pt", "runs/quantized.pt"]
 
 
@@ -54,116 +45,6 @@ def parse_args():
     return parser.parse_args()
 
 
-@torch.inference_mode()
-def ideal_bits(model, image, level):
-    """-log2 p of the rounded latents, by channel of y and of z: (M,) and (Z,) float64.
-
-    With continuous scales, and at most 24 bits a symbol (MAX_BITS, the least probability of a
-    table).
-    """
-    out = model(padded(image), torch.tensor([float(level)]))
-    return out.y_bits[0].double().numpy(), out.z_bits[0].double().numpy()
-
-
-def measure_image(coder, image, level, path):
-    """One file: its figures, and how many seconds it took to encode and to decode."""
-    start = time.perf_counter()
-    data = coder.encode(image, level)
-    encoded = time.perf_counter()
-    path.write_bytes(data)
-    data = path.read_bytes()
-    reading = time.perf_counter()
-    decoded = coder.decode(data)
-    end = time.perf_counter()
-    return {
-        "bpp": 8 * path.stat().st_size / (image.shape[0] * image.shape[1]),
-        "psnr": psnr(image, decoded),
-        "ms_ssim": ms_ssim(image, decoded),
-        "encode_seconds": encoded - start,
-        "decode_seconds": end - reading,
-    }
-
-
-def measure_level(model, coder, images, level, folder):
-    """One level of one checkpoint, averaged over the images; and how many channels are alive."""
-    rows, pixels, y_total, z_total = [], 0, 0, 0
-    for image in images:
-        row = measure_image(coder, image, level, folder / "image.lic")
-        y_bits, z_bits = ideal_bits(model, image, level)
-        ideal = (y_bits.sum() + z_bits.sum()) / (image.shape[0] * image.shape[1])
-        rows.append({**row, "ideal_bpp": ideal})
-        pixels += padded_pixels(*image.shape[:2])
-        y_total, z_total = y_total + y_bits, z_total + z_bits
-    where = structure.positions()
-    return {
-        "lmbda": model.lambdas[level],
-        **mean_of(rows),
-        "alive_y": int((y_total / (pixels * where["y"]) > ALIVE).sum()),
-        "alive_z": int((z_total / (pixels * where["z"]) > ALIVE).sum()),
-    }
-
-
-def mean_of(rows):
-    """Dicts of the same figures, averaged."""
-    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
-
-
-def measure_checkpoint(path, images, amp):
-    model, meta = load(path)
-    coder = ImageCoder(model, meta["tables"], meta["fingerprint"], amp)
-    coder.decode(coder.encode(images[0], 0))  # warm-up
-    levels = []
-    with tempfile.TemporaryDirectory() as folder:
-        for level in range(len(model.lambdas)):
-            levels.append(measure_level(model, coder, images, level, Path(folder)))
-    macs, widths = structure.kmac_per_pixel(model.config), model.config["widths"]
-    return {
-        "path": path,
-        "stage": meta["stage"],
-        "parameters": structure.parameters(model.config),
-        "kmac_per_pixel": {"encoder": macs["encoder"], "decoder": macs["decoder"]},
-        "bytes": meta["bytes"],
-        "channels": {"y": widths["y"], "z": widths["z"]},
-        "levels": levels,
-    }
-
-
-def measure_classical(images):
-    """JPEG, WebP and AVIF through Pillow's defaults: {name: [{"quality", "bpp", ...}]}."""
-    results = {}
-    for name, (form, feature, qualities) in CLASSICAL.items():
-        if not features.check(feature):
-            print(f"{name}: this Pillow was built without it, left out")
-            continue
-        try:
-            results[name] = [measure_quality(images, form, quality) for quality in qualities]
-        # each ends at some size, WebP at 16,383 pixels a side
-        except (OSError, ValueError, RuntimeError) as error:
-            print(f"{name}: Pillow cannot write these images ({error}), left out")
-    return results
-
-
-def measure_quality(images, form, quality):
-    """One quality of one of Pillow's codecs, averaged over the images."""
-    rows = []
-    for image in images:
-        buffer = io.BytesIO()
-        Image.fromarray(image).save(buffer, format=form, quality=quality)
-        decoded = np.asarray(Image.open(buffer).convert("RGB"))
-        rows.append(
-            {
-                "bpp": 8 * len(buffer.getvalue()) / (image.shape[0] * image.shape[1]),
-                "psnr": psnr(image, decoded),
-                "ms_ssim": ms_ssim(image, decoded),
-            }
-        )
-    return {"quality": quality, **mean_of(rows)}
-
-
-def points(rows):
-    return [(row["bpp"], row["psnr"]) for row in rows]
-
-
 def show_bd_rates(ours, others):
     """A row an anchor, a column a checkpoint, and why where two curves cannot be compared.
 
@@ -182,11 +63,10 @@ def show_bd_rates(ours, others):
     for name, anchor in (ours | others).items():
         row = f"{name:44}"
         for test_name, test in ours.items():
-            percent, why = bd_rate(anchor, test)
+            percent, why = bd_rate(anchor, test, (name, test_name))
             cell = "-" if why else f"{percent:+.2f} %"
             row += f"{cell:>{width}}"
             if why:
-                why = why.replace("the first curve", name).replace("the second curve", test_name)
                 reasons.append(why)
         print(row)
     for why in dict.fromkeys(reasons):  # the same for a curve wherever it is met
@@ -289,7 +169,7 @@ def main():
     pyplot = import_pyplot() if args.plot else None
     published = load_published(args.published) if args.published else {}
     for path in args.checkpoints:
-        load(path)  # refuse a bad one before measuring the others
+        load_checkpoint(path)  # refuse a bad one before measuring the others
     images = read_images(args)
     pixels = sum(image.shape[0] * image.shape[1] for image in images)
     precision = ", bf16" if args.amp else ""

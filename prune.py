@@ -9,15 +9,14 @@ The last: the same steps with nothing removed, to compare with; it writes runs/c
 
 import torch
 
-from lic.codec.checkpoint import FLOAT_STAGES, load, save
+from lic.codec.checkpoint import FLOAT_STAGES, load_checkpoint, save_checkpoint
 from lic.codec.structure import kmac_per_pixel, parameters
 from lic.codec.tables import build_tables
 from lic.files import run
 from lic.images import fixed_crops, load_images
 from lic.options import make_parser
-from lic.shrink.pruning import narrow
-from lic.shrink.search import load_plan
-from lic.shrink.statistics import observe
+from lic.shrink.plan import load_plan
+from lic.shrink.pruning import best_cut
 from lic.train.loop import add_training_arguments, fit
 from lic.train.loss import mean_loss
 from lic.train.state import check_out
@@ -34,32 +33,17 @@ def parse_args():
                         help="no plan, no cut: only the extra steps, to compare fairly; writes "
                         "runs/control.pt by default")
     add_training_arguments(parser, steps=500, lr=1e-3, out="runs/pruned.pt")
-    if parser.parse_known_args()[0].control:
-        parser.set_defaults(out="runs/control.pt")
     # fmt: on
-    return parser.parse_args()
-
-
-def cut(model, plan, calibration):
-    """The codec narrowed to the plan, and J of both ways to do it on the calibration crops.
-
-    The better one is returned. J: geometric mean over the levels.
-    """
-    keep = {group: torch.tensor(kept) for group, kept in plan["keep"].items()}
-    codecs = {
-        "not folded": narrow(model, keep),
-        "folded": narrow(model, keep, observe(model, calibration)),
-    }
-    J = {}
-    for how, codec in codecs.items():
-        J[how] = mean_loss(codec, calibration).log().mean().exp().item()
-    return codecs[min(J, key=J.get)], J
+    parser.set_defaults(out=None)
+    args = parser.parse_args()
+    args.out = args.out or ("runs/control.pt" if args.control else "runs/pruned.pt")
+    return args
 
 
 def main():
     args = parse_args()
     check_out(args)
-    model, meta = load(args.checkpoint, stages=FLOAT_STAGES)
+    model, meta = load_checkpoint(args.checkpoint, stages=FLOAT_STAGES)
     plan = None if args.control else load_plan(args.plan, meta["fingerprint"])
     train, validation = load_images(args.data, args.crop)
     held_out = fixed_crops(validation, 16, args.crop)  # (16, 3, crop, crop), or fewer
@@ -67,7 +51,8 @@ def main():
 
     if plan:
         dense = model.config
-        model, J_cut = cut(model, plan, fixed_crops(train, 16, args.crop))
+        keep = {group: torch.tensor(kept) for group, kept in plan["keep"].items()}
+        model, J_cut = best_cut(model, keep, fixed_crops(train, 16, args.crop))
         print(
             "J of the cut, geometric mean over the levels:",
             *(f"{how} {J:.4f}" for how, J in J_cut.items()),
@@ -80,14 +65,16 @@ def main():
         metrics["held_out_J_cut"] = mean_loss(model, held_out).tolist()
         recorded = ("method", "importance", "target", "of", "alpha", "ratio", "widths", "sparsity")
         metrics["plan"] = {key: plan[key] for key in recorded} | {"J_cut": J_cut}
-    fit(model, train, held_out, args, parent=[meta["fingerprint"], plan and plan["keep"]])
+    fit(model, train, held_out, args, origin=[meta["fingerprint"], plan and plan["keep"]])
     metrics["held_out_J_tuned"] = mean_loss(model, held_out).tolist()
 
     for name, J in metrics.items():
         if name != "plan":
             print(f"{name:20}", *(f"{v:.4f}" for v in J))
     stage = "control" if args.control else "prune"
-    save(args.out, model, build_tables(model), stage, vars(args), args.steps, meta, metrics)
+    save_checkpoint(
+        args.out, model, build_tables(model), stage, vars(args), args.steps, meta, metrics
+    )
     print(f"wrote {args.out}")
 
 

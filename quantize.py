@@ -10,8 +10,8 @@ float, and the scales of the 8 bits; 0 skips them. The weights are rounded last,
 scale an output channel, so that the errors cancel in each layer's output.
 """
 
-from lic.codec.checkpoint import FLOAT_STAGES, load, save
-from lic.codec.eight_bits import eight_bit_inputs, quantize_layers
+from lic.codec.checkpoint import FLOAT_STAGES, load_checkpoint, save_checkpoint
+from lic.codec.eight_bits import eight_bit_inputs, pixel_layers, quantize_layers
 from lic.codec.integer import freeze_h_s
 from lic.codec.tables import build_tables
 from lic.files import LicError, run
@@ -32,10 +32,10 @@ def parse_args():
     parser.add_argument("--calibration", type=positive_whole_number, default=512,
                         help="crops of at most 128x128 that set scales and rounding, each of "
                         "another image (default: 512)")
-    parser.add_argument("--float-inputs", nargs="*", metavar="LAYER", default=["g_s.conv4"],
+    parser.add_argument("--float-inputs", nargs="*", metavar="LAYER", default=pixel_layers(),
                         choices=eight_bit_inputs(),
-                        help="layers whose input stays float (default: g_s.conv4; without a "
-                        "name: none)")
+                        help="layers whose input stays float (default: the one that makes "
+                        "the pixels, g_s.conv4; without a name: none)")
     add_training_arguments(parser, steps=200, lr=1e-4, out="runs/quantized.pt")
     # fmt: on
     return parser.parse_args()
@@ -44,7 +44,7 @@ def parse_args():
 def main():
     args = parse_args()
     check_out(args)
-    model, meta = load(args.checkpoint, stages=FLOAT_STAGES)
+    model, meta = load_checkpoint(args.checkpoint, stages=FLOAT_STAGES)
     train, validation = load_images(args.data, args.crop)
     calibration = fixed_crops(train, args.calibration, min(128, args.crop))
     held_out = fixed_crops(validation, 16, args.crop)  # (16, 3, crop, crop), or fewer
@@ -55,7 +55,7 @@ def main():
     quantize_layers(model, scales, float_inputs=args.float_inputs)
     metrics["held_out_J_inputs"] = mean_loss(model, held_out).tolist()
     if args.steps:
-        fit(model, train, held_out, args, parent=[meta["fingerprint"], args.calibration])
+        fit(model, train, held_out, args, origin=[meta["fingerprint"], args.calibration])
         metrics["held_out_J_tuned"] = mean_loss(model, held_out).tolist()
         for name, parameter in model.named_parameters():
             if name.endswith("input_scale") and parameter <= 0:
@@ -69,7 +69,9 @@ def main():
 
     for name, J in metrics.items():
         print(f"{name:18}", *(f"{v:.4f}" for v in J))
-    save(args.out, model, build_tables(model), "quantize", vars(args), args.steps, meta, metrics)
+    save_checkpoint(
+        args.out, model, build_tables(model), "quantize", vars(args), args.steps, meta, metrics
+    )
     print(f"wrote {args.out}")
 
 

@@ -7,14 +7,13 @@ Prints the sensitivity of J to each group, moves the threshold alpha until the t
 parameters (or multiply-accumulates) is gone, and writes plan.json for prune.py.
 """
 
-import json
 import time
 
 import numpy as np
 
-from lic.codec.checkpoint import FLOAT_STAGES, load
+from lic.codec.checkpoint import FLOAT_STAGES, load_checkpoint
 from lic.codec.structure import total_stride
-from lic.files import LicError, check_writable, run, warn_of_slow_bf16, write_bytes
+from lic.files import LicError, check_writable, run, warn_of_slow_bf16
 from lic.images import fixed_crops, load_images
 from lic.options import (
     make_parser,
@@ -25,6 +24,7 @@ from lic.options import (
     whole_number,
 )
 from lic.shrink import search
+from lic.shrink.plan import load_plan, save_plan
 from lic.shrink.pruning import importance, most_important, narrow
 from lic.shrink.statistics import observe
 from lic.train.loss import mean_loss
@@ -63,16 +63,39 @@ def parse_args():
 
 def earlier_sensitivities(path, fingerprint, measure):
     """Those of a plan for the same checkpoint and with the same measure of importance."""
-    plan = search.load_plan(path, fingerprint)
+    plan = load_plan(path, fingerprint)
     if not plan["sensitivity"] or plan["importance"] != measure:
         raise LicError(
             f"{path} holds no sensitivities with --importance {measure}; "
             "leave out --sensitivities to measure them"
         )
-    return {
-        group: {int(width): zeta for width, zeta in row.items()}
-        for group, row in plan["sensitivity"].items()
-    }
+    table = {}
+    for group, row in plan["sensitivity"].items():
+        table[group] = {int(width): zeta for width, zeta in row.items()}
+    return table
+
+
+class Cutter:
+    """Narrows one codec to any widths and measures what that costs on the crops x (B, 3, H, W)."""
+
+    def __init__(self, model, x, measure, amp):
+        self.model, self.x, self.amp = model, x, amp
+        self.statistics = observe(model, x)
+        self.scores = importance(model, self.statistics, measure)
+        self.J = mean_loss(model, x, amp)  # (levels,)
+
+    def kept(self, widths):
+        """{group: indices of its most important channels}."""
+        return {group: most_important(self.scores[group], n) for group, n in widths.items()}
+
+    def loss(self, widths, fold=True):
+        """J of each level, (levels,), when the groups in `widths` are narrowed."""
+        narrowed = narrow(self.model, self.kept(widths), self.statistics if fold else None)
+        return mean_loss(narrowed, self.x, self.amp)
+
+    def rise(self, widths):
+        """The same relative to the whole codec's, mean over the levels."""
+        return (self.loss(widths) / self.J - 1).mean().item()
 
 
 def main():
@@ -81,74 +104,64 @@ def main():
     if args.amp:
         warn_of_slow_bf16()
     start = time.monotonic()
-    model, meta = load(args.checkpoint, stages=FLOAT_STAGES)
+    model, meta = load_checkpoint(args.checkpoint, stages=FLOAT_STAGES)
     config = model.config
     train, _ = load_images(args.data, args.crop)
     x = fixed_crops(train, args.crops, args.crop)  # (crops, 3, crop, crop)
-
-    statistics = observe(model, x)
-    scores = importance(model, statistics, args.importance)
-    J = mean_loss(model, x, args.amp)  # (levels,)
-
-    def keep(widths):
-        return {group: most_important(scores[group], width) for group, width in widths.items()}
-
-    def loss_of(widths, statistics):
-        return mean_loss(narrow(model, keep(widths), statistics), x, args.amp)
-
-    def rise(widths):
-        return (loss_of(widths, statistics) / J - 1).mean().item()
+    cutter = Cutter(model, x, args.importance, args.amp)
 
     table, alpha, ratio = None, None, None
-    if args.method == "uniform":
+    if args.method == "uniform":  # the control
         ratio, widths, S = search.uniform_widths(config, args.target, args.of)
         print(f"ratio {ratio:.3f} for every group")
     else:
+        # the sensitivity of J to each group
         if args.sensitivities:
             table = earlier_sensitivities(args.sensitivities, meta["fingerprint"], args.importance)
         else:
             print("rise of J when one group alone keeps so many channels, mean over the levels")
-            table = search.sensitivities(config, rise)
+            table = search.sensitivities(config, cutter.rise)
+        # the threshold alpha, moved until the target is met
         alpha, widths, S = search.adaptive_search(table, config, args.target, args.of)
         print(f"alpha {alpha:.5f}")
-    method, out = args.method, args.out
     missed = abs(S - args.target) > args.delta
-    if missed:
-        out += ".nearest"  # what was measured is kept, but it is not the plan asked for
-        method = "threshold" if method == "evolve" else method
-    elif method == "evolve":
+    evolving = args.method == "evolve" and not missed
+    if evolving:  # whole plans
         rng = np.random.default_rng(args.seed)
-        widths = search.evolve(rise, widths, config, args.of, args.tries, rng)
+        widths = search.evolve(cutter.rise, widths, config, args.of, args.tries, rng)
 
-    J_zeros, J_folded = loss_of(widths, None), loss_of(widths, statistics)
+    J_zeros, J_folded = cutter.loss(widths, fold=False), cutter.loss(widths)
     sparsity = search.sparsity(config, widths)
-    plan = {
-        "format": search.FORMAT,
-        "baseline": meta["fingerprint"],
-        "method": method,
-        "importance": args.importance,
-        "target": args.target,
-        "of": args.of,
-        "alpha": alpha,
-        "ratio": ratio,
-        "lambdas": model.lambdas,
-        "widths": widths,
-        "keep": {group: indices.tolist() for group, indices in keep(widths).items()},
-        "sparsity": sparsity,
-        "sensitivity": table,
-        "J": J.tolist(),
-        "J_zeros": J_zeros.tolist(),
-        "J_folded": J_folded.tolist(),
-    }
-    write_bytes(out, json.dumps(plan, indent=1).encode())
+    out = args.out + ".nearest" if missed else args.out  # not the plan that was asked for
+    save_plan(
+        out,
+        {
+            "baseline": meta["fingerprint"],
+            "method": "threshold" if args.method == "evolve" and not evolving else args.method,
+            "importance": args.importance,
+            "target": args.target,
+            "of": args.of,
+            "alpha": alpha,
+            "ratio": ratio,
+            "lambdas": model.lambdas,
+            "widths": widths,
+            "keep": {group: kept.tolist() for group, kept in cutter.kept(widths).items()},
+            "sparsity": sparsity,
+            "sensitivity": table,
+            "J": cutter.J.tolist(),
+            "J_zeros": J_zeros.tolist(),
+            "J_folded": J_folded.tolist(),
+        },
+    )
 
     print("kept:", "  ".join(f"{g} {w}/{config['widths'][g]}" for g, w in widths.items()))
     print(
         f"removed: {sparsity['params']:.1%} of the parameters, "
         f"{sparsity['macs']:.1%} of the multiply-accumulates"
     )
-    for what, losses in (("dense", J), ("cut and folded", J_folded), ("cut, not folded", J_zeros)):
-        print(f"J a level, {what:20}", *(f"{v:.4f}" for v in losses))
+    rows = {"dense": cutter.J, "cut and folded": J_folded, "cut, not folded": J_zeros}
+    for what, J in rows.items():
+        print(f"J a level, {what:20}", *(f"{v:.4f}" for v in J))
     print(f"wrote {out} after {time.monotonic() - start:.0f} s")
     if missed:
         advice = "change --target or --delta"

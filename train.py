@@ -7,14 +7,14 @@ python train.py --checkpoint runs/small.pt --lr 1e-3 --crop 256 --batch 2 ...   
 
 import torch
 
-from lic.codec.checkpoint import FLOAT_STAGES, load, save
+from lic.codec.checkpoint import FLOAT_STAGES, load_checkpoint, save_checkpoint
 from lic.codec.model import PRESETS, Codec, preset_config
 from lic.codec.structure import parameters
 from lic.codec.tables import build_tables
 from lic.files import LicError, run
 from lic.images import fixed_crops, load_images
 from lic.options import make_parser, positive_number
-from lic.shrink.search import load_plan
+from lic.shrink.plan import load_plan
 from lic.train.loop import add_training_arguments, fit
 from lic.train.loss import mean_loss
 from lic.train.state import check_out
@@ -50,7 +50,7 @@ def main():
     torch.manual_seed(args.seed)
     parent, stage = None, "train"
     if args.checkpoint:
-        model, parent = load(args.checkpoint, stages=FLOAT_STAGES)
+        model, parent = load_checkpoint(args.checkpoint, stages=FLOAT_STAGES)
         stage = parent["stage"]  # a pruned codec stays one
     elif args.plan:
         plan = load_plan(args.plan)
@@ -62,11 +62,13 @@ def main():
         f"parameters, {len(train)} training images, {args.steps} steps of {args.batch} crops of "
         f"{args.crop}x{args.crop}"
     )
-    fit(model, train, held_out, args, parent=parent and parent["fingerprint"])
+    fit(model, train, held_out, args, origin=parent and parent["fingerprint"])
 
     metrics = {"held_out_J": mean_loss(model, held_out).tolist()}
     print("held_out_J", *(f"{v:.4f}" for v in metrics["held_out_J"]))
-    save(args.out, model, build_tables(model), stage, vars(args), args.steps, parent, metrics)
+    save_checkpoint(
+        args.out, model, build_tables(model), stage, vars(args), args.steps, parent, metrics
+    )
     print(f"wrote {args.out}")
 
 

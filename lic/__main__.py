@@ -7,7 +7,7 @@
     python -m lic export codec.npz                  weights and tables, for ports
     python -m lic halve codec.pt half.pt            a float codec in half precision: half the bytes
 
-Commands import what they need when they run: help and `info` answer without torch.
+Commands import what they need when they run: help, and `info` of a lic file, need no torch.
 """
 
 import io
@@ -49,9 +49,9 @@ def parse_args():
         command.add_argument("--amp", action="store_true",
                              help="bf16: faster on a CPU with AVX-512 bf16")
     for command in (compressing, comparing):
-        command.add_argument("--quality", type=float, default=2.0,
+        command.add_argument("--quality", type=float,
                              help="rate level, from 0, the smallest file; fractions are allowed "
-                             "(default: 2)")
+                             "(default: the one in the middle)")
     comparing.add_argument("--crop", type=positive_whole_number, default=256,
                            help="side of the crop, pixels (default: 256)")
     comparing.add_argument("--at", type=whole_number, nargs=2, metavar=("X", "Y"),
@@ -76,26 +76,22 @@ def png_bytes(image):
     return buffer.getvalue()
 
 
-def bits_per_pixel(data, image):
-    height, width = image.shape[:2]
-    return 8 * len(data) / (height * width)
-
-
 def compress(args):
     from lic.images import read_image
+    from lic.measure import bits_per_pixel
 
     check_output(args.output, ".lic")
     image = read_image(args.input)
     data = load(args.checkpoint, args.amp).encode(image, args.quality, args.max_pixels)
     write_bytes(args.output, data)
     size = f"{image.shape[1]}x{image.shape[0]}"
-    print(f"{args.output}: {len(data)} bytes, {bits_per_pixel(data, image):.4f} bpp, {size}")
+    print(f"{args.output}: {len(data)} bytes, {bits_per_pixel(len(data), image):.4f} bpp, {size}")
 
 
 def decompress(args):
     check_output(args.output, ".png")
-    coder = load(args.checkpoint, args.amp)
-    image = coder.decode(read_bytes(args.input), args.max_pixels)
+    codec = load(args.checkpoint, args.amp)
+    image = codec.decode(read_bytes(args.input), args.max_pixels)
     write_bytes(args.output, png_bytes(image))
     print(f"{args.output}: {image.shape[1]}x{image.shape[0]}")
 
@@ -120,7 +116,7 @@ def info(args):
 def checkpoint_info(path):
     from lic.codec import checkpoint, structure
 
-    _, meta = checkpoint.load(path)
+    _, meta = checkpoint.load_checkpoint(path)
     config = meta["config"]
     macs = structure.kmac_per_pixel(config)
     print(f"{path}: stage {meta['stage']}, {meta['bytes']:,} bytes, model {meta['fingerprint']}")
@@ -138,37 +134,11 @@ def checkpoint_info(path):
         print(f"{name}: {json.dumps(value)}")
 
 
-def classical(image, form, size):
-    """The best JPEG or WebP of at most `size` bytes, or the smallest there is.
-
-    Returns its quality, its bytes and the decoded image.
-    """
-    import numpy as np
-    from PIL import Image
-
-    def encoded(quality):
-        buffer = io.BytesIO()
-        try:
-            Image.fromarray(image).save(buffer, format=form, quality=quality)
-        except (OSError, ValueError) as error:  # JPEG ends at 65,500 pixels a side, WebP at 16,383
-            raise LicError(f"Pillow cannot write this image as {form}: {error}") from error
-        return buffer.getvalue()
-
-    low, high = 0, 100
-    while low < high:
-        middle = (low + high + 1) // 2
-        if len(encoded(middle)) <= size:
-            low = middle
-        else:
-            high = middle - 1
-    data = encoded(low)
-    return low, data, np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-
-
 def compare(args):
     import numpy as np
 
     from lic.images import read_image
+    from lic.measure import best_within, bits_per_pixel
     from lic.metrics import psnr
 
     check_output(args.output, ".png")
@@ -182,15 +152,16 @@ def compare(args):
     x, y = args.at or (max(0, (width - args.crop) // 2), max(0, (height - args.crop) // 2))
     if x >= width or y >= height:
         raise LicError(f"--at {x} {y} lies outside {args.input}, which is {width}x{height}")
-    coder = load(args.checkpoint, args.amp)
-    data = coder.encode(image, args.quality, args.max_pixels)
-    results = [("lic", args.quality, data, coder.decode(data, args.max_pixels))]
-    results += [(form, *classical(image, form, len(data))) for form in ("JPEG", "WEBP")]
+    codec = load(args.checkpoint, args.amp)
+    quality = codec.middle_level() if args.quality is None else args.quality
+    data = codec.encode(image, quality, args.max_pixels)
+    results = [("lic", quality, data, codec.decode(data, args.max_pixels))]
+    results += [(form, *best_within(image, form, len(data))) for form in ("JPEG", "WEBP")]
     for name, quality, coded, decoded in results:
         remark = "  more than lic: its smallest" if len(coded) > len(data) else ""
         print(
             f"{name:5} quality {quality:<5g} {len(coded):8} bytes "
-            f"{bits_per_pixel(coded, image):8.4f} bpp {psnr(image, decoded):8.3f} dB{remark}"
+            f"{bits_per_pixel(len(coded), image):8.4f} bpp {psnr(image, decoded):8.3f} dB{remark}"
         )
 
     gap = np.full((min(args.crop, height - y), 8, 3), 255, np.uint8)
@@ -212,7 +183,7 @@ def export(args):
     from lic.codec.eight_bits import pack
 
     check_output(args.output, ".npz")
-    model, meta = checkpoint.load(args.checkpoint)
+    model, meta = checkpoint.load_checkpoint(args.checkpoint)
     arrays = {name: tensor.numpy() for name, tensor in pack(model.state_dict()).items()}
     for kind, tables in meta["tables"].items():
         for field, value in tables._asdict().items():
@@ -230,9 +201,9 @@ def halve(args):
     from lic.codec.tables import build_tables
 
     check_output(args.output, ".pt")
-    model, meta = checkpoint.load(args.input, stages=checkpoint.FLOAT_STAGES)
+    model, meta = checkpoint.load_checkpoint(args.input, stages=checkpoint.FLOAT_STAGES)
     tables = build_tables(model.half().float())
-    checkpoint.save(
+    checkpoint.save_checkpoint(
         args.output,
         model.half(),
         tables,

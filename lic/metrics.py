@@ -90,15 +90,15 @@ def _pchip_integral(x, y, low, high):
     return total
 
 
-def bd_rate(anchor, test):
+def bd_rate(anchor, test, names=("the first curve", "the second curve")):
     """Bjøntegaard delta rate in percent: how much more rate `test` needs at equal quality.
 
     Negative: less. anchor, test: lists of (bpp, quality). The logarithm of the rate is interpolated
     over quality by PCHIP and averaged over the common quality range. Returns (percent, None) or
-    (None, why it cannot be compared).
+    (None, why it cannot be compared), a sentence that calls the curves by `names`.
     """
     curves = []
-    for name, points in (("the first curve", anchor), ("the second curve", test)):
+    for name, points in zip(names, (anchor, test)):
         rate, quality = np.array(sorted(points), dtype=np.float64).reshape(-1, 2).T
         if len(rate) < 4:
             return None, f"{name} has {len(rate)} points, BD-rate needs 4"

@@ -15,6 +15,7 @@ from lic.codec.bitstream import ImageCoder, load_coder
 from lic.codec.coder import LibraryAns, PlainAns
 from lic.codec.entropy import LOG_SCALE_MIN, LOG_SCALE_STEP
 from lic.codec.header import SIZE, read_header
+from lic.codec.model import Codec
 from lic.codec.tables import TAIL, Tables, build_tables
 from lic.files import BadStream, LicError
 from lic.images import dead_leaves, read_image
@@ -283,3 +284,10 @@ def test_shipped_checkpoints_code_a_picture_well(path):
         for level in range(len(coder.model.lambdas))
     ]
     assert quality == sorted(quality) and 20 < quality[0] and quality[-1] < 45
+
+
+def test_the_default_quality_is_a_level_that_a_codec_has(model, image_coder):
+    assert image_coder.encode(photo()) == image_coder.encode(photo(), 2)
+    single = Codec({"widths": model.config["widths"], "lambdas": [0.01]})
+    coder_of_one = ImageCoder(single, build_tables(single), "0" * 16)
+    assert read_header(coder_of_one.encode(photo()))[0].quality == 0

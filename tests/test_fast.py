@@ -12,7 +12,12 @@ from torch.nn import functional as F
 from lic.codec import fast
 from lic.codec.bitstream import ImageCoder
 from lic.codec.eight_bits import WIDE, QuantizedConvolution, eight_bit_inputs
-from lic.codec.fast import Int8Convolution, Int8IntegerConvolution, LastConvolution
+from lic.codec.fast import (
+    Int8Convolution,
+    Int8IntegerConvolution,
+    LastConvolution,
+    int8_layer,
+)
 from lic.codec.integer import IntegerHyperSynthesis
 from lic.codec.structure import subpixel
 from lic.codec.tables import build_tables
@@ -91,9 +96,9 @@ def test_a_layer_gives_what_was_simulated(quantized, name):
         memory_format=torch.channels_last
     )  # some are clipped
     with torch.no_grad():
-        expected, result = layer(x), Int8Convolution(layer)(x)
+        expected, result = layer(x), int8_layer(layer)(x)
         with torch.autocast("cpu", torch.bfloat16):
-            coarse = Int8Convolution(layer)(x)
+            coarse = int8_layer(layer)(x)
     torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
     assert coarse.dtype == torch.bfloat16
     torch.testing.assert_close(
@@ -145,7 +150,7 @@ def test_an_input_in_bf16_is_rounded_once(quantized, monkeypatch):
     )
     x = (steps * layer.input_scale.detach()).bfloat16()
     with torch.no_grad():
-        result = Int8Convolution(layer)(x.contiguous(memory_format=torch.channels_last))
+        result = int8_layer(layer)(x.contiguous(memory_format=torch.channels_last))
         torch.testing.assert_close(
             result, layer(x.float()), rtol=1e-5, atol=1e-5 * result.abs().max().item()
         )

@@ -15,7 +15,7 @@ from helpers import run_script
 from PIL import Image, features
 
 from lic import files
-from lic.codec.checkpoint import load, save
+from lic.codec.checkpoint import load_checkpoint, save_checkpoint
 from lic.codec.tables import build_tables
 from lic.files import LicError, write_bytes
 from lic.images import dead_leaves, find_images, load_images, random_crops, read_image
@@ -229,12 +229,14 @@ def test_held_out_images_are_not_trained_on(photos):
 @pytest.fixture()
 def checkpoint(tmp_path, model):
     path = tmp_path / "a.pt"
-    save(path, model, build_tables(model), "train", {"data": "somewhere/photos/", "lr": 0.1}, 7)
+    save_checkpoint(
+        path, model, build_tables(model), "train", {"data": "somewhere/photos/", "lr": 0.1}, 7
+    )
     return path
 
 
 def test_a_checkpoint_alone_rebuilds_its_codec(checkpoint, model):
-    loaded, meta = load(checkpoint)
+    loaded, meta = load_checkpoint(checkpoint)
     for (name, a), b in zip(model.state_dict().items(), loaded.state_dict().values()):
         assert torch.equal(a, b), name
     assert meta["lineage"] == [
@@ -247,7 +249,7 @@ def test_halve_halves_the_bytes_and_gives_a_codec_of_its_own(checkpoint, model, 
     half = tmp_path / "half.pt"
     command = [sys.executable, "-m", "lic", "halve", str(checkpoint), str(half)]
     assert b"bytes" in subprocess.run(command, check=True, capture_output=True).stdout
-    loaded, meta = load(half)
+    loaded, meta = load_checkpoint(half)
     assert meta["bytes"] < 0.7 * checkpoint.stat().st_size  # the tables stay as they are
     for name, tensor in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor.half().float()), name
@@ -255,7 +257,7 @@ def test_halve_halves_the_bytes_and_gives_a_codec_of_its_own(checkpoint, model, 
     assert all(
         np.array_equal(a, b) for kind in "yz" for a, b in zip(meta["tables"][kind], tables[kind])
     )
-    before = load(checkpoint)[1]
+    before = load_checkpoint(checkpoint)[1]
     assert (
         meta["lineage"][-1]["parent"] == before["fingerprint"] != meta["fingerprint"]
         and meta["stage"] == before["stage"]
@@ -269,14 +271,14 @@ def test_what_is_no_checkpoint_is_refused(checkpoint, tmp_path):
     for content in (b"", b"hello", data[: len(data) // 2], data[:-1]):
         bad.write_bytes(content)
         with pytest.raises(LicError, match="bad.pt"):
-            load(bad)
+            load_checkpoint(bad)
     torch.save({"weights": torch.zeros(3)}, bad)
     with pytest.raises(LicError, match="not a lic checkpoint"):
-        load(bad)
+        load_checkpoint(bad)
     with pytest.raises(LicError, match="cannot read"):
-        load(tmp_path / "missing.pt")
+        load_checkpoint(tmp_path / "missing.pt")
     with pytest.raises(LicError, match="stage 'train'"):
-        load(checkpoint, stages=("quantize",))
+        load_checkpoint(checkpoint, stages=("quantize",))
 
 
 def test_a_flipped_bit_in_a_tensor_is_noticed(checkpoint, model):
@@ -287,7 +289,7 @@ def test_a_flipped_bit_in_a_tensor_is_noticed(checkpoint, model):
     data[position + 5] ^= 1
     checkpoint.write_bytes(data)
     with pytest.raises(LicError, match="damaged"):
-        load(checkpoint)
+        load_checkpoint(checkpoint)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
@@ -348,7 +350,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 def test_bad_input_is_one_sentence_and_status_2(
     arguments, sentence, tmp_path, photos, monkeypatch, capsys, model
 ):
-    save(tmp_path / "a.pt", model, build_tables(model), "train", {}, 0)
+    save_checkpoint(tmp_path / "a.pt", model, build_tables(model), "train", {}, 0)
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.chdir(tmp_path)
     if not any("--out" in a for a in arguments) and arguments[0] != "evaluate.py":

@@ -20,7 +20,7 @@ FOLDER = Path(__file__).parent / "golden"
 sys.path[:0] = [str(FOLDER.parent.parent)]
 
 from lic.codec.bitstream import ImageCoder  # noqa: E402
-from lic.codec.checkpoint import load  # noqa: E402
+from lic.codec.checkpoint import load_checkpoint  # noqa: E402
 from lic.codec.header import MAGIC, SIZE, VERSION  # noqa: E402
 from lic.files import BadStream, LicError  # noqa: E402
 
@@ -93,7 +93,7 @@ def fuzz():
     for path in sorted(FOLDER.glob("*.lic")):
         codec = path.name.split("_")[0]
         if codec not in coders:
-            model, meta = load(FOLDER / f"{codec}.pt")
+            model, meta = load_checkpoint(FOLDER / f"{codec}.pt")
             coders[codec] = ImageCoder(model, meta["tables"], meta["fingerprint"])
         files.append((coders[codec], path.read_bytes()))
     intact = [coder.decode(data) for coder, data in files]
@@ -128,7 +128,7 @@ def fuzz():
 
 
 def test_random_bytes_are_refused():
-    model, meta = load(FOLDER / "codec.pt")
+    model, meta = load_checkpoint(FOLDER / "codec.pt")
     image_coder = ImageCoder(model, meta["tables"], meta["fingerprint"])
     rng = np.random.default_rng(1)
     for _ in range(200):
@@ -143,7 +143,7 @@ def test_mutated_checkpoints_are_refused_or_mean_the_same(codec, tmp_path):
     """A zip archive has bytes that mean nothing (dates, padding); whatever loads must be the
     same codec."""
     data = (FOLDER / f"{codec}.pt").read_bytes()
-    model, meta = load(FOLDER / f"{codec}.pt")
+    model, meta = load_checkpoint(FOLDER / f"{codec}.pt")
     intact, tables = model.state_dict(), meta["tables"]
     rng = np.random.default_rng(2)
     path = tmp_path / "a.pt"
@@ -157,7 +157,7 @@ def test_mutated_checkpoints_are_refused_or_mean_the_same(codec, tmp_path):
                 damaged[position // 8] ^= 1 << position % 8
         path.write_bytes(damaged)
         try:
-            model, meta = load(path)
+            model, meta = load_checkpoint(path)
         except LicError as error:
             assert "a.pt" in str(error)
             refused += 1
@@ -185,7 +185,7 @@ def test_a_checkpoint_with_code_in_it_is_refused_and_the_code_not_run(tmp_path, 
     for content in (buffer.getvalue(), pickle.dumps(Exploit())):
         (tmp_path / "a.pt").write_bytes(content)
         with pytest.raises(LicError, match="not a lic checkpoint"):
-            load(tmp_path / "a.pt")
+            load_checkpoint(tmp_path / "a.pt")
     assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
 
 

@@ -17,14 +17,15 @@ from helpers import ROOT, quantized_codec, run_script
 from numpy_decoder import Decoder, conv, deconv, gdn, leaky_relu
 from PIL import Image
 
-from lic.__main__ import classical, export
+from lic.__main__ import export
 from lic.codec import coder
 from lic.codec.bitstream import ImageCoder, channel_index, padded
-from lic.codec.checkpoint import load, save
+from lic.codec.checkpoint import load_checkpoint, save_checkpoint
 from lic.codec.header import Header, crc_of_symbols, pack_file
 from lic.codec.tables import build_tables
 from lic.files import LicError
 from lic.images import dead_leaves, read_image
+from lic.measure import best_within
 from lic.metrics import psnr
 
 FILES = sorted(path.name for path in FOLDER.glob("*.lic"))
@@ -36,7 +37,7 @@ def golden():
 
 
 def decoder_of(name):
-    model, meta = load(FOLDER / f"{name.split('_')[0]}.pt")
+    model, meta = load_checkpoint(FOLDER / f"{name.split('_')[0]}.pt")
     return ImageCoder(model, meta["tables"], meta["fingerprint"])
 
 
@@ -72,7 +73,7 @@ def test_numpy_decoder_rounds_no_float_input(tmp_path):
     image_coder = ImageCoder(
         model,
         tables := build_tables(model),
-        save(tmp_path / "q.pt", model, tables, "quantize", {}, 0),
+        save_checkpoint(tmp_path / "q.pt", model, tables, "quantize", {}, 0),
     )
     export(argparse.Namespace(checkpoint=tmp_path / "q.pt", output=str(tmp_path / "q.npz")))
     data = image_coder.encode(dead_leaves(5, 64), 2)
@@ -190,14 +191,14 @@ def test_compare_puts_four_crops_side_by_side(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("form", ["JPEG", "WEBP"])
 def test_compare_takes_the_best_jpeg_and_webp_that_are_no_larger(form):
     image = read_image(FOLDER / "leaves.png")
-    quality, data, decoded = classical(image, form, 2500)
+    quality, data, decoded = best_within(image, form, 2500)
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format=form, quality=quality + 1)
     assert 0 < quality < 99 and len(data) <= 2500 < len(buffer.getvalue())
     assert decoded.shape == image.shape and psnr(decoded, image) > 15
-    assert classical(image, form, 1)[0] == 0  # the smallest there is
+    assert best_within(image, form, 1)[0] == 0  # the smallest there is
     with pytest.raises(LicError, match="Pillow cannot write"):
-        classical(np.zeros((1, 70_000, 3), np.uint8), form, 2500)
+        best_within(np.zeros((1, 70_000, 3), np.uint8), form, 2500)
 
 
 def test_four_megapixels_come_back_in_their_size():
@@ -269,7 +270,7 @@ def layers():
 
 
 def test_layer_vectors_are_what_the_codec_computes():
-    model, _ = load(FOLDER / "codec.pt")
+    model, _ = load_checkpoint(FOLDER / "codec.pt")
     expected, seen = layers(), {}
     for name in expected:
         if "." in name:

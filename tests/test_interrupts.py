@@ -18,7 +18,7 @@ from golden.make import FOLDER
 from helpers import ROOT, run_script
 
 from lic.codec.bitstream import ImageCoder
-from lic.codec.checkpoint import load
+from lic.codec.checkpoint import load_checkpoint
 
 MOMENTS = ["opened", "half", "written", "renamed"]
 CHILD = """
@@ -102,7 +102,7 @@ def test_compress_killed_while_writing(moment, tmp_path):
         FOLDER / "codec.pt",
     )
     if moment == "renamed":
-        model, meta = load(FOLDER / "codec.pt")
+        model, meta = load_checkpoint(FOLDER / "codec.pt")
         decoded = ImageCoder(model, meta["tables"], meta["fingerprint"]).decode(output.read_bytes())
         assert decoded.shape == (90, 70, 3)
     else:
@@ -136,7 +136,7 @@ def test_a_stage_killed_while_saving_goes_on_from_the_save_before(
     run_and_kill(moment, 2, *command, "--out", killed, "--resume")
     assert torch.load(f"{killed}.state", weights_only=True)["step"] == 2 and not killed.exists()
     assert run_script(monkeypatch, *command, "--out", killed, "--resume") == 0
-    assert load(killed)[1]["fingerprint"] == load(whole)[1]["fingerprint"]
+    assert load_checkpoint(killed)[1]["fingerprint"] == load_checkpoint(whole)[1]["fingerprint"]
 
 
 def test_files_stay_whole_under_kills_at_random_times(tmp_path):

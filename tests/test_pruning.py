@@ -7,7 +7,7 @@ from helpers import WIDTHS, lively_codec, photo_like
 
 from lic.codec.entropy import LOG_SCALE_MIN
 from lic.codec.model import Codec, preset_config
-from lic.codec.structure import channel_axes, groups, kmac_per_pixel, matrices, parameters
+from lic.codec.structure import channel_axes, groups, kmac_per_pixel, layer_sizes, parameters
 from lic.shrink import pruning, search, statistics
 from lic.shrink.pruning import importance, most_important, narrow
 from lic.shrink.statistics import Moments, Statistics, observe
@@ -214,7 +214,7 @@ def test_mac_count_is_what_the_layers_execute():
 
         return model.get_submodule(name).register_forward_hook(hook)
 
-    hooks = [count(name) for name, *_ in matrices(WIDTHS)]
+    hooks = [count(name) for name, *_ in layer_sizes(WIDTHS)]
     model(x, torch.zeros(1))
     for hook in hooks:
         hook.remove()

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from lic.codec import integer
 from lic.codec.bitstream import ImageCoder
-from lic.codec.checkpoint import load, save
+from lic.codec.checkpoint import load_checkpoint, save_checkpoint
 from lic.codec.eight_bits import (
     LEAKY,
     SIGNED,
@@ -121,7 +121,7 @@ def test_weights_that_were_not_rounded_are_refused(tmp_path):
     quantize_layers(model, input_scales(model, photo_like()))
     for use in (
         lambda: freeze_h_s(model),
-        lambda: save(tmp_path / "q.pt", model, tables, "quantize", {}, 0),
+        lambda: save_checkpoint(tmp_path / "q.pt", model, tables, "quantize", {}, 0),
     ):
         with pytest.raises(LicError, match="round_weights"):
             use()
@@ -130,8 +130,8 @@ def test_weights_that_were_not_rounded_are_refused(tmp_path):
 
 def test_a_float_input_is_not_rounded_and_the_checkpoint_knows_it(tmp_path):
     model = quantized_codec(float_inputs=["g_s.conv4"])
-    save(tmp_path / "q.pt", model, build_tables(model), "quantize", {}, 0)
-    again, _ = load(tmp_path / "q.pt")
+    save_checkpoint(tmp_path / "q.pt", model, build_tables(model), "quantize", {}, 0)
+    again, _ = load_checkpoint(tmp_path / "q.pt")
     v = torch.linspace(-3, 3, 5001)
     for layer in (model.g_s.conv4, again.g_s.conv4):
         assert torch.equal(layer.quantized_input(v), v)
@@ -147,9 +147,9 @@ def test_a_checkpoint_with_other_float_inputs_is_refused(quantized, tmp_path, fl
     that is not known here."""
     model = copy.deepcopy(quantized)
     model.quantization = model.quantization | {"float_inputs": float_inputs}
-    save(tmp_path / "q.pt", model, build_tables(model), "quantize", {}, 0)
+    save_checkpoint(tmp_path / "q.pt", model, build_tables(model), "quantize", {}, 0)
     with pytest.raises(LicError):
-        load(tmp_path / "q.pt")
+        load_checkpoint(tmp_path / "q.pt")
 
 
 def test_quantized_codec_is_close_to_the_float_one(quantized):
@@ -177,8 +177,8 @@ def test_pack_stores_int8_and_unpack_returns_the_same_codec(quantized):
 
 def test_quantized_checkpoint_is_small_and_decodes_what_it_encodes(quantized, tmp_path):
     for name, model in (("float.pt", lively_codec()), ("int8.pt", quantized)):
-        save(tmp_path / name, model, build_tables(model), "quantize", {}, 0)
-    loaded, meta = load(tmp_path / "int8.pt")
+        save_checkpoint(tmp_path / name, model, build_tables(model), "quantize", {}, 0)
+    loaded, meta = load_checkpoint(tmp_path / "int8.pt")
     size = {
         n: sum(t.numel() * t.element_size() for t in s.values())
         for n, s in (("float", lively_codec().state_dict()), ("int8", pack(quantized.state_dict())))

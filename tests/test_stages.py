@@ -14,12 +14,13 @@ from PIL import Image
 
 import evaluate
 import prune
-from lic.codec.checkpoint import load
+from lic.codec.checkpoint import load_checkpoint
 from lic.codec.eight_bits import WIDE, input_ranges
 from lic.codec.model import Codec, preset_config
 from lic.files import LicError
 from lic.images import read_image
-from lic.shrink.search import load_plan
+from lic.measure import measure_classical
+from lic.shrink.plan import load_plan
 from lic.train.optimizer import Optimizer
 from lic.train.state import load_state
 
@@ -122,9 +123,9 @@ def test_evaluation_has_every_figure_and_they_are_consistent(pipeline):
 
 
 def test_lineage_tells_the_whole_story(pipeline):
-    _, meta = load(pipeline / "quantized.pt")
+    _, meta = load_checkpoint(pipeline / "quantized.pt")
     assert [entry["stage"] for entry in meta["lineage"]] == ["train", "prune", "quantize"]
-    assert meta["lineage"][1]["parent"] == load(pipeline / "base.pt")[1]["fingerprint"]
+    assert meta["lineage"][1]["parent"] == load_checkpoint(pipeline / "base.pt")[1]["fingerprint"]
     assert "J" in json.loads((pipeline / "plan.json").read_text())
 
 
@@ -141,7 +142,9 @@ def test_scales_are_trained(pipeline, photos, monkeypatch):
         pipeline / "calibrated.pt",
     ]
     assert run_script(monkeypatch, "quantize.py", *arguments) == 0
-    calibrated, tuned = (load(pipeline / name)[0] for name in ("calibrated.pt", "quantized.pt"))
+    calibrated, tuned = (
+        load_checkpoint(pipeline / name)[0] for name in ("calibrated.pt", "quantized.pt")
+    )
     changed = 0
     for name in input_ranges():
         before, after = calibrated.get_submodule(name), tuned.get_submodule(name)
@@ -156,7 +159,7 @@ def test_scales_are_trained(pipeline, photos, monkeypatch):
 
 def test_plan_and_pruned_checkpoint_have_the_same_widths(pipeline):
     plan = json.loads((pipeline / "plan.json").read_text())
-    model, _ = load(pipeline / "pruned.pt")
+    model, _ = load_checkpoint(pipeline / "pruned.pt")
     assert model.config["widths"] == plan["widths"]
     assert abs(plan["sparsity"]["params"] - 0.4) <= 0.1
 
@@ -330,7 +333,10 @@ def test_the_widths_of_a_plan_can_be_trained_from_scratch(pipeline, photos, monk
         pipeline / "scratch.pt",
     ]
     assert run_script(monkeypatch, "train.py", *arguments) == 0
-    assert load(pipeline / "scratch.pt")[0].config == load(pipeline / "pruned.pt")[0].config
+    assert (
+        load_checkpoint(pipeline / "scratch.pt")[0].config
+        == load_checkpoint(pipeline / "pruned.pt")[0].config
+    )
 
 
 def test_training_goes_on_from_a_checkpoint(pipeline, photos, monkeypatch, capsys):
@@ -344,11 +350,11 @@ def test_training_goes_on_from_a_checkpoint(pipeline, photos, monkeypatch, capsy
         pipeline / "longer.pt",
     ]
     assert run_script(monkeypatch, "train.py", *arguments, "--steps", 0) == 0
-    base, longer = (load(pipeline / name)[1] for name in ("base.pt", "longer.pt"))
+    base, longer = (load_checkpoint(pipeline / name)[1] for name in ("base.pt", "longer.pt"))
     assert longer["fingerprint"] == base["fingerprint"]
     assert [entry["parent"] for entry in longer["lineage"]] == [None, base["fingerprint"]]
     assert run_script(monkeypatch, "train.py", *arguments, "--steps", 1) == 0
-    assert load(pipeline / "longer.pt")[1]["fingerprint"] != base["fingerprint"]
+    assert load_checkpoint(pipeline / "longer.pt")[1]["fingerprint"] != base["fingerprint"]
     again = [
         "--checkpoint",
         pipeline / "pruned.pt",
@@ -361,7 +367,10 @@ def test_training_goes_on_from_a_checkpoint(pipeline, photos, monkeypatch, capsy
         pipeline / "narrow.pt",
     ]
     assert run_script(monkeypatch, "train.py", *again) == 0
-    (_, narrow), (_, pruned) = load(pipeline / "narrow.pt"), load(pipeline / "pruned.pt")
+    (_, narrow), (_, pruned) = (
+        load_checkpoint(pipeline / "narrow.pt"),
+        load_checkpoint(pipeline / "pruned.pt"),
+    )
     assert (
         narrow["stage"] == "prune"
         and narrow["config"] == pruned["config"]
@@ -450,7 +459,7 @@ def test_checkpoints_of_the_same_name_are_told_apart(capsys):
 
 
 def test_classical_codecs_that_cannot_write_an_image_are_left_out(capsys):
-    assert evaluate.measure_classical([np.zeros((1, 70_000, 3), np.uint8)]) == {}
+    assert measure_classical([np.zeros((1, 70_000, 3), np.uint8)]) == {}
     assert capsys.readouterr().out.count("left out") == 3
 
 
@@ -537,7 +546,7 @@ def test_killed_and_resumed_equals_never_stopped_to_the_last_bit(tmp_path, photo
     run_stage("train.py", *arguments, "--out", broken, "--resume")
     (_, a), (_, b) = states_of(f"{straight}.state"), states_of(f"{broken}.state")
     assert all(torch.equal(a[name], b[name]) for name in a)
-    assert load(straight)[1]["fingerprint"] == load(broken)[1]["fingerprint"]
+    assert load_checkpoint(straight)[1]["fingerprint"] == load_checkpoint(broken)[1]["fingerprint"]
 
 
 def test_resuming_with_other_settings_is_refused(tmp_path, photos, pipeline):

@@ -13,11 +13,13 @@ from helpers import ROOT, lively_codec, photo_like
 import lic
 from lic.codec import structure
 from lic.codec.bitstream import ImageCoder, padded_pixels
-from lic.codec.checkpoint import load, save
+from lic.codec.checkpoint import load_checkpoint, save_checkpoint
 from lic.codec.eight_bits import WIDE, eight_bit_inputs, input_ranges, quantize_layers
 from lic.codec.integer import freeze_h_s
+from lic.codec.model import Codec
 from lic.codec.structure import IMAGE, MEAN_AND_SCALE, Layer
 from lic.codec.tables import build_tables
+from lic.files import LicError
 from lic.images import dead_leaves
 from lic.shrink.pruning import importance, most_important, narrow
 from lic.shrink.quantization import equalize, input_scales
@@ -25,6 +27,7 @@ from lic.shrink.rounding import patch_moments, round_weights
 from lic.shrink.search import sparsity, uniform_widths
 from lic.shrink.statistics import observe
 
+GOLDEN = ROOT / "tests" / "golden"
 OTHER_LAYERS = [  # one convolution more in g_s, with stride 1; one less in h_a and h_s
     Layer("g_a.conv1", "conv", 5, 2, IMAGE, "g_a.1", "gdn"),
     Layer("g_a.conv2", "conv", 5, 2, "g_a.1", "g_a.2", "gdn"),
@@ -80,8 +83,10 @@ def test_another_architecture_is_another_table(monkeypatch, tmp_path):
     freeze_h_s(model)
     assert input_ranges()["h_s.conv2"] == WIDE and "g_s.conv3" in eight_bit_inputs()
 
-    fingerprint = save(tmp_path / "other.pt", model, build_tables(model), "quantize", {}, 0)
-    loaded, meta = load(tmp_path / "other.pt")
+    fingerprint = save_checkpoint(
+        tmp_path / "other.pt", model, build_tables(model), "quantize", {}, 0
+    )
+    loaded, meta = load_checkpoint(tmp_path / "other.pt")
     image = (x[0].permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()[:100, :150]
     data = ImageCoder(model, build_tables(model), fingerprint).encode(image, 2)
     decoded = ImageCoder(loaded, meta["tables"], meta["fingerprint"]).decode(data)
@@ -89,6 +94,47 @@ def test_another_architecture_is_another_table(monkeypatch, tmp_path):
     expected = (before.x_hat.clamp(0, 1) * 255)[0].permute(1, 2, 0)[:80, :128].numpy()
     error = decoded[:80, :128] - expected  # away from the borders, where the image was cut
     assert np.sqrt((error**2).mean()) < 0.3 * expected.std()
+
+
+def test_the_order_of_the_layers_changes_nothing(monkeypatch):
+    """Equalization must find the reader of y whose inverse gain it divides, wherever it stands."""
+    ordered = sorted(
+        structure.LAYERS, key=lambda layer: ("g_a", "h_a", "h_s", "g_s").index(layer.network)
+    )
+    monkeypatch.setattr(structure, "LAYERS", ordered)
+    assert structure.groups()["y"].used_by == ["g_s.conv1", "h_a.conv1"]
+    model, x, level = lively_codec(), photo_like(), torch.tensor([2.0])
+    with torch.no_grad():
+        before = model(x, level)
+        equalize(model, x)
+        after = model(x, level)
+    torch.testing.assert_close(after.x_hat, before.x_hat, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(after.y_bits.sum(), before.y_bits.sum(), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize(
+    "layer, why",
+    [
+        (Layer("h_s.conv2", "deconv", 5, 2, "h_s.1", "h_s.2"), "followed by lrelu"),
+        (Layer("g_s.conv2", "deconv", 3, 2, "g_s.1", "g_s.2", "igdn"), "5x5 with stride 2"),
+        (Layer("g_s.conv3", "deconv", 5, 2, "g_s.1", "g_s.3", "igdn"), "one layer must read it"),
+        (Layer("g_a.conv4", "conv", 5, 2, "g_a.3", "y", "gdn"), "nothing follows"),
+        (Layer("g_a.conv2", "conv", 5, 2, "g_a.7", "g_a.2", "gdn"), "no layer makes"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else v.name,
+)
+def test_layers_that_the_code_does_not_know_are_refused(layer, why, monkeypatch):
+    layers = [layer if old.name == layer.name else old for old in structure.LAYERS]
+    config = lively_codec().config
+    monkeypatch.setattr(structure, "LAYERS", layers)
+    with pytest.raises(ValueError, match=why):
+        Codec(config)
+
+
+def test_a_checkpoint_of_other_layers_is_a_sentence(monkeypatch):
+    monkeypatch.setattr(structure, "LAYERS", OTHER_LAYERS)
+    with pytest.raises(LicError, match="does not have the layers of this program"):
+        load_checkpoint(GOLDEN / "codec.pt")
 
 
 def test_the_table_of_groups_in_the_docstring_is_the_one_that_the_layers_make():
@@ -127,7 +173,7 @@ def floor_of(module):
     for room, floor in ROOMS.items():
         if module.startswith(room):
             return floor
-    if module in ("lic", "lic.__main__"):
+    if module in ("lic", "lic.__main__", "lic.measure"):
         return 4
     return 0 if module.startswith("lic.") else 5
 
@@ -173,7 +219,6 @@ def modules_after(program, *arguments):
     return done.stderr.splitlines()[-1].split(), done.stdout
 
 
-GOLDEN = ROOT / "tests" / "golden"
 COMMAND = "import runpy; runpy.run_module('lic', run_name='__main__', alter_sys=True)"
 
 
@@ -201,7 +246,7 @@ def test_help_and_the_info_of_a_file_answer_without_torch(arguments):
 def test_info_of_a_checkpoint_says_what_it_is():
     command = [sys.executable, "-m", "lic", "info", "checkpoints/quantized.pt"]
     text = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    model, meta = load(ROOT / "checkpoints" / "quantized.pt")
+    model, meta = load_checkpoint(ROOT / "checkpoints" / "quantized.pt")
     for group, width in model.config["widths"].items():
         assert re.search(rf"^ *{width}  {group} ", text, re.M), group
     assert (

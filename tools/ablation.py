@@ -19,10 +19,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from evaluate import measure_level, points
 from lic.codec import structure
 from lic.codec.bitstream import ImageCoder
-from lic.codec.checkpoint import load
+from lic.codec.checkpoint import load_checkpoint
 from lic.codec.eight_bits import (
     WEIGHT,
     eight_bit_inputs,
@@ -34,6 +33,7 @@ from lic.codec.integer import freeze_h_s
 from lic.codec.tables import build_tables
 from lic.files import run
 from lic.images import find_images, fixed_crops, load_images, read_image
+from lic.measure import measure_level, points
 from lic.metrics import bd_rate
 from lic.options import make_parser, multiple_of, positive_whole_number
 from lic.shrink.quantization import equalize, input_scales, largest_scale, sample
@@ -283,8 +283,8 @@ def main():
     args = parse_args()
     train, validation = load_images(args.photos, args.crop)
     calibration = fixed_crops(train, args.calibration, args.crop)
-    model, _ = load(args.float_path)
-    trained, _ = load(args.quantized)
+    model, _ = load_checkpoint(args.float_path)
+    trained, _ = load_checkpoint(args.quantized)
     if args.data:
         images = [read_image(path) for path in find_images(args.data)]
         print(f"PSNR BD-rate over {args.float_path}, {len(images)} images")

@@ -117,7 +117,7 @@ def eight_bit_convolutions(model):
             for name in names:
                 layer = model.get_submodule(name)
                 if kind == "int8 kernel":
-                    layer = fast.Int8Convolution(layer)
+                    layer = fast.int8_layer(layer)
                 x = inputs[name][0]  # at the first level
                 x = x.bfloat16() if amp else x
                 with torch.autocast("cpu", torch.bfloat16, enabled=amp):
@@ -186,7 +186,7 @@ def show_shares(verb, image_coder, function, argument, runs=5):
 def multiples():
     """Are the pruned codec's widths, multiples of 8, slower than the next multiples of 16?"""
     image = noise(512, 768)
-    _, meta = checkpoint.load(SHIPPED)
+    _, meta = checkpoint.load_checkpoint(SHIPPED)
     for step in (8, 16):
         widths = {}
         for group, width in meta["config"]["widths"].items():

@@ -24,7 +24,7 @@ from lic.images import to_tensor
 
 def load_coder(path, amp=False):
     """The ImageCoder of a checkpoint. Raises LicError for a file that cannot be used."""
-    model, meta = checkpoint.load(path)
+    model, meta = checkpoint.load_checkpoint(path)
     return ImageCoder(model, meta["tables"], meta["fingerprint"], amp)
 
 
@@ -48,14 +48,17 @@ class ImageCoder:
         fast.speed_up(self)  # may be left out
 
     @torch.inference_mode()
-    def encode(self, image, quality=2, max_pixels=MAX_PIXELS):
+    def encode(self, image, quality=None, max_pixels=MAX_PIXELS):
         """image (H, W, 3) uint8 of any size -> bytes.
 
-        quality: a rate level, 0 to levels - 1, in steps of 1/256. Raises TypeError for an array
-        of another kind, LicError for another quality or more than max_pixels.
+        quality: a rate level, 0 to levels - 1, in steps of 1/256; by default the one in the middle.
+        Raises TypeError for an array of another kind, LicError for another quality or more than
+        max_pixels.
         """
         check_image(image)
         levels = len(self.model.lambdas)
+        if quality is None:
+            quality = self.middle_level()
         if not 0 <= quality <= levels - 1:
             raise LicError(
                 f"quality {quality} is not between 0 and {levels - 1}, this checkpoint's levels"
@@ -108,6 +111,10 @@ class ImageCoder:
         x_hat = self._network(self.g_s, y_hat * inverse_gain) + 0.5  # (1, 3, H', W')
         x_hat = x_hat[0, :, : header.height, : header.width].clamp(0, 1) * 255
         return x_hat.round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
+
+    def middle_level(self):
+        """2 of five levels, 0 of one."""
+        return len(self.model.lambdas) // 2
 
     def _check(self, header, max_pixels):
         """Raise BadStream for a file that this model did not make, or that is too large."""

@@ -4,8 +4,9 @@
      "lineage": [{"stage", "arguments", "steps", "data", "parent"}, ...], "metrics", "fingerprint"}
 
 It is loaded with weights_only=True, so no code in a file is ever run. The fingerprint is a
-SHA-256 over all that decoding depends on: config, tensors, tables. torch.load does not notice
-a flipped bit in a tensor; the fingerprint does. Compressed files carry its first 8 bytes.
+SHA-256 over all in the file that decoding depends on: config, quantization, tensors, tables; not
+stage, lineage and metrics, and not the program itself. torch.load does not notice a flipped bit in
+a tensor; the fingerprint does. Compressed files carry its first 8 bytes.
 """
 
 import hashlib
@@ -34,11 +35,12 @@ def fingerprint(config, quantization, state_dict, tables):
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.numpy().tobytes())
+        array = tensor.numpy()
+        digest.update(array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes())
     return digest.hexdigest()
 
 
-def save(path, model, tables, stage, arguments, steps, parent=None, metrics=None):
+def save_checkpoint(path, model, tables, stage, arguments, steps, parent=None, metrics=None):
     """Write the checkpoint and return its fingerprint.
 
     tables: from tables.build_tables. arguments: a plain dict, recorded in the lineage; of "data",
@@ -88,7 +90,7 @@ def table_of(tensors):
     return Tables(*map(np.ascontiguousarray, arrays))
 
 
-def load(path, stages=None):
+def load_checkpoint(path, stages=None):
     """Model (eval mode, channels_last, float32) and meta.
 
     meta: the dict above without state_dict, with coder tables and "bytes", the file's size.
@@ -121,16 +123,22 @@ def load(path, stages=None):
         intact = False
     if not intact:
         raise LicError(f"{path} is damaged: its contents do not match its fingerprint")
-    model = Codec(config)
     if quantization:
-        quantize_layers(model, float_inputs=float_inputs)
-        if quantization != model.quantization:
-            raise LicError(
-                f"{path} is quantized as {quantization}; this program knows {model.quantization}; "
-                "quantize again with quantize.py"
-            )
         state_dict = unpack(state_dict)
-    model.load_state_dict(state_dict)
+    try:
+        model = Codec(config)
+        if quantization:
+            quantize_layers(model, float_inputs=float_inputs)
+        model.load_state_dict(state_dict)
+    except UNREADABLE as error:
+        raise LicError(
+            f"{path} does not have the layers of this program (codec/structure.py): train again"
+        ) from error
+    if quantization != model.quantization:
+        raise LicError(
+            f"{path} is quantized as {quantization}; this program knows {model.quantization}; "
+            "quantize again with quantize.py"
+        )
     checkpoint["tables"] = {kind: table_of(tensors) for kind, tensors in tables.items()}
     checkpoint["bytes"] = Path(path).stat().st_size
     return model.to(memory_format=torch.channels_last).eval(), checkpoint

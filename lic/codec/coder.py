@@ -84,9 +84,10 @@ class LibraryAns:
         self.coder = self.constriction.stream.stack.AnsCoder(words)
 
     def _model(self, counts):
-        # `perfect=False` gives symbol k the left cumulative
-        #     k + floor(sum_{j<k} p_j * (2^24 - n) / sum p)
-        # With p_j = counts_j - 1 the factor is 1: its integers are exactly ours.
+        # Of n probabilities p constriction makes integers of its own, of which each entry gets
+        # one beforehand and a share of the other 2^24 - n by p. So p = counts - 1, which adds up
+        # to 2^24 - n, gives back exactly our counts; but only without `perfect`, which would
+        # distribute roundings.
         p = (counts - 1).astype(np.float64)
         return self.constriction.stream.model.Categorical(p, perfect=False, lazy=False)
 

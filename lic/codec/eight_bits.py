@@ -2,11 +2,12 @@
 
     q = clamp(round(v / s), low, high)        v_hat = s q        (round half to even)
 
-Weights: int8 in [-127, 127], one scale an output channel. Activations: one scale a tensor, an
-integer range a layer (`input_ranges`). On disk weights are int8 tensors (`pack`), in memory floats
-on the int8 grid, so that training and inference are the same code. Only h_s, which decides how a
-file is read, is also computed in integers: integer.py. How the scales and the integers are found
-is not a decoder's business: shrink/quantization.py, shrink/rounding.py.
+Weights: int8 in [-127, 127], one scale an output channel, that of its largest weight (axis 0 of a
+convolution's weight, axis 1 of a transposed one's). Activations: one scale a tensor; which input
+has how many bits is said in `input_ranges`: 8, in h_s 16. On disk weights are int8 tensors
+(`pack`), in memory floats on the int8 grid, so that training and inference are the same code. Only
+h_s, which decides how a file is read, is also computed in integers: integer.py. How the scales and
+the integers are found is not a decoder's business: shrink/quantization.py, shrink/rounding.py.
 
 What stays float, and why:
     GDN      its sums of squares span too many octaves for 8 bits; a few % of the parameters
@@ -30,26 +31,32 @@ from lic.files import LicError
 WEIGHT = (-127, 127)
 SIGNED = (-128, 127)
 LEAKY = (-32, 223)  # after a leaky ReLU, whose negative side is an eighth of the other
-# 16 bits: 256 * high + low, two digits that are both in LEAKY, so that 8-bit kernels can compute
-WIDE = (257 * LEAKY[0], 257 * LEAKY[1])
+# 16 bits: 256 * high + low, two digits of the same range, so that 8-bit kernels can compute
+DIGIT = LEAKY
+WIDE = (257 * DIGIT[0], 257 * DIGIT[1])
 
 
 def input_ranges():
-    """{layer: integer range of its input, or None where there is nothing to quantize}.
-
-    None: the layers that read pixels (8 bits already, less a constant), y (see above) or z
-    (integers already). h_s says how y is coded: what is lost in it each symbol pays.
-    """
+    """{layer: integer range of its input, or None where it is not rounded}."""
     then = {layer.makes: layer.then for layer in structure.LAYERS}
     ranges = {}
     for layer in structure.LAYERS:
-        if layer.reads == structure.IMAGE or then[layer.reads] is None:
+        if layer.reads in (structure.IMAGE, "y", "z"):
+            # pixels are 8 bits already, less a constant; y stays float, see above; z is integers
             ranges[layer.name] = None
+        elif layer.network == "h_s":
+            # it says how y is coded: what is lost here each symbol pays
+            ranges[layer.name] = WIDE
         elif then[layer.reads] == "lrelu":
-            ranges[layer.name] = WIDE if layer.network == "h_s" else LEAKY
+            ranges[layer.name] = LEAKY
         else:
             ranges[layer.name] = SIGNED
     return ranges
+
+
+def pixel_layers():
+    """Names of the layers that make the picture: their input stays float, if not told otherwise."""
+    return [layer.name for layer in structure.LAYERS if layer.makes == structure.IMAGE]
 
 
 def eight_bit_inputs():

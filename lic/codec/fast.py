@@ -15,36 +15,34 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lic.codec.eight_bits import LEAKY, SIGNED, WIDE, QuantizedConvolution
+from lic.codec.eight_bits import DIGIT, SIGNED, WIDE, QuantizedConvolution
 from lic.codec.integer import h_s_layers
 from lic.codec.structure import subpixel
 
 
 class Int8Convolution(nn.Module):
-    """Inference with the int8 weights of a quantized layer; returns bf16 under autocast.
+    """The int8 weights of a quantized layer on the kernel; returns bf16 under autocast.
 
-    The kernel has no transposed form that doubles the size, so `subpixel` turns such a layer into
-    an ordinary one. integers: the input already is integers in LEAKY, and the output is the
-    integers of the sums, float32, without a bias.
+        output = (sum of weight * q) * weight_scale * input_scale + bias
+        q      = clamp(round(x / input_scale), low, high)
+
+    weight_scale, bias: (out,). The kernel has no transposed form that doubles the size, so
+    `subpixel` turns such a layer into an ordinary one.
     """
 
-    def __init__(self, layer, integers=False):
+    def __init__(self, layer, limits, input_scale, weight_scale, bias):
         super().__init__()
-        low, high = LEAKY if integers else layer.input_range
+        low, high = limits
         self.zero_point, self.largest = -low, high - low  # the kernel takes 0 to 255
-        self.input_scale = 1.0 if integers else layer.input_scale.item()
-        self.integers = integers
-        self.transposed = layer.transposed
-        weight, repeats = layer.integer_weight(), 1
-        self.stride, self.padding = layer.stride, layer.padding
+        self.input_scale, self.transposed = input_scale, layer.transposed
         if self.transposed:
-            weight, repeats = subpixel(weight), 4
+            weight, repeats = subpixel(layer.integer_weight()), 4
             self.stride, self.padding = (1, 1), (1, 1)
-        self.weight_scale = layer.weight_scale.detach().flatten().repeat_interleave(repeats)
-        self.bias = layer.bias.detach().repeat_interleave(repeats)
-        if integers:
-            self.weight_scale = torch.ones_like(self.weight_scale)
-            self.bias = torch.zeros_like(self.bias)
+        else:
+            weight, repeats = layer.integer_weight(), 1
+            self.stride, self.padding = layer.stride, layer.padding
+        self.weight_scale = weight_scale.detach().repeat_interleave(repeats)
+        self.bias = bias.detach().repeat_interleave(repeats)
         self.largest_sum = self.largest * weight.abs().flatten(1).sum(1).max().item()
         self.weight_zero = torch.zeros(len(weight), dtype=torch.int32)
         # fmt: off
@@ -58,8 +56,7 @@ class Int8Convolution(nn.Module):
         # in float32: bf16 has no room for both the integer and its fraction
         q = x.float().div(self.input_scale).round_().add_(self.zero_point)
         q = q.clamp_(0, self.largest).to(torch.uint8)
-        bf16 = torch.is_autocast_enabled("cpu") and not self.integers
-        dtype = torch.bfloat16 if bf16 else torch.float32
+        dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else torch.float32
         # fmt: off
         out = torch.ops.onednn.qconv2d_pointwise(
             q.contiguous(memory_format=torch.channels_last), self.input_scale, self.zero_point,
@@ -69,22 +66,34 @@ class Int8Convolution(nn.Module):
         return F.pixel_shuffle(out, 2) if self.transposed else out
 
 
+def int8_layer(layer):
+    """The Int8Convolution that gives what the quantized layer gives."""
+    weight_scale = layer.weight_scale.flatten()
+    return Int8Convolution(
+        layer, layer.input_range, layer.input_scale.item(), weight_scale, layer.bias
+    )
+
+
 class Int8IntegerConvolution(nn.Module):
     """A layer of the integer h_s with its sums in int32, the same bits: one for each 8-bit digit.
 
-    exact: an IntegerConvolution; kernel: its layer as Int8Convolution(integers=True). The kernel
-    returns sums in float32, which holds every integer up to 2^24: larger ones it must not have.
+    exact: the IntegerConvolution of `layer`. The kernel returns sums in float32, which holds every
+    integer up to 2^24: where `largest_sum` is more, it must not be used.
     """
 
-    def __init__(self, exact, kernel):
+    def __init__(self, exact, layer):
         super().__init__()
-        self.kernel, self.multiplier = kernel, exact.multiplier
-        self.bias = exact.bias[:, None, None]
+        ones = torch.ones(layer.out_channels)
+        self.kernel = Int8Convolution(layer, DIGIT, 1.0, ones, torch.zeros_like(ones))
+        self.largest_sum = self.kernel.largest_sum
+        self.multiplier, self.bias = exact.multiplier, exact.bias[:, None, None]
 
     def forward(self, q):
-        high = torch.floor((q - LEAKY[0]) / 256)
+        high = torch.floor((q - DIGIT[0]) / 256)
         low = q - 256 * high
-        high_sums, low_sums = self.kernel(torch.cat([high, low])).double().chunk(2)
+        with torch.autocast("cpu", enabled=False):
+            sums = self.kernel(torch.cat([high, low])).double()
+        high_sums, low_sums = sums.chunk(2)
         return 256 * high_sums + low_sums + self.bias
 
 
@@ -106,25 +115,24 @@ class LastConvolution(nn.Module):
 def speed_up(coder):
     """Replace the networks of an ImageCoder by their faster forms; its model stays as it is."""
     coder.g_a, coder.h_a, coder.g_s = map(faster, (coder.g_a, coder.h_a, coder.g_s))
-    if not (coder.model.quantization and available()):
-        return
-    for k, layer in enumerate(h_s_layers(coder.model.h_s)):
-        if layer.input_range != WIDE:
-            continue
-        kernel = Int8Convolution(layer, integers=True)
-        if kernel.largest_sum <= 2**24:
-            coder.h_s.layers[k] = Int8IntegerConvolution(coder.h_s.layers[k], kernel)
+    if coder.model.quantization and available():
+        layers = zip(coder.h_s.layers, h_s_layers(coder.model.h_s))
+        for k, (exact, layer) in enumerate(layers):
+            if layer.input_range == WIDE:
+                quick = Int8IntegerConvolution(exact, layer)
+                coder.h_s.layers[k] = quick if quick.largest_sum <= 2**24 else exact
 
 
 def faster(network):
     """g_a, h_a or g_s in its faster form; layers that have none are shared with `network`."""
     modules = OrderedDict()
     for name, layer in network.named_children():
-        if getattr(layer, "input_range", None):
-            layer = Int8Convolution(layer) if available() else layer
+        if isinstance(layer, QuantizedConvolution) and layer.input_range:
+            modules[name] = int8_layer(layer) if available() else layer
         elif getattr(layer, "transposed", False) and layer.out_channels == 3:
-            layer = LastConvolution(layer)
-        modules[name] = layer
+            modules[name] = LastConvolution(layer)
+        else:
+            modules[name] = layer
     return nn.Sequential(modules)
 
 
@@ -145,6 +153,6 @@ def available():
         layer.weight[::3] = -127
         layer.bias.zero_()
         try:
-            return torch.equal(Int8Convolution(layer)(x), layer(x))
+            return torch.equal(int8_layer(layer)(x), layer(x))
         except (AttributeError, RuntimeError, TypeError):
             return False

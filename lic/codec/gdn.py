@@ -30,14 +30,19 @@ class GDN(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        self.beta = nn.Parameter(torch.sqrt(torch.ones(channels) + PEDESTAL))
-        self.gamma = nn.Parameter(torch.sqrt(0.1 * torch.eye(channels) + PEDESTAL))
+        self.beta = nn.Parameter(self.stored(torch.ones(channels)))
+        self.gamma = nn.Parameter(self.stored(0.1 * torch.eye(channels)))
 
     def coefficients(self):
         """beta (C,) and gamma (C out, C in) as the formula means them, from what is stored."""
         beta = lower_bound(self.beta, (BETA_MIN + PEDESTAL) ** 0.5) ** 2 - PEDESTAL
         gamma = lower_bound(self.gamma, PEDESTAL**0.5) ** 2 - PEDESTAL
         return beta, gamma
+
+    @staticmethod
+    def stored(coefficient):
+        """What is stored of a beta or a gamma: the inverse of `coefficients`."""
+        return torch.sqrt(coefficient + PEDESTAL)
 
     def energy(self, x):
         """beta_i + sum_j gamma[i, j] x_j^2, shape (B, C, H, W)."""

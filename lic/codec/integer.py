@@ -38,21 +38,29 @@ def h_s_layers(h_s):
 def freeze_h_s(model):
     """Derive the integer biases and the multipliers of h_s from its weights and scales, in place.
 
-    The visible call after the last training step. Like the tables, its results travel in the
-    checkpoint, because another machine's logarithm might give other ones. Raises LicError if a sum
-    could reach 2^53.
+    An integer q of a layer's input stands for input_unit * q, so that an integer a of its sums
+    stands for sum_unit * a, and the integers of its output for output_unit * q + output_zero:
+
+        sum_unit     = input_unit * weight_scale
+        integer_bias = round((bias - output_zero) / sum_unit)
+        multiplier   = sum_unit / output_unit
+
+    The units between the layers are the scales of their inputs. The visible call after the last
+    training step: like the tables, its results travel in the checkpoint, because another machine's
+    logarithm might give other ones. Raises LicError if a sum could reach 2^53.
     """
     layers, M = h_s_layers(model.h_s), model.config["widths"]["y"]
-    # what the integers between the layers stand for: q times a unit, plus a zero at the end
-    units = [1] + [layer.input_scale.double() for layer in layers[1:]]
-    output = torch.tensor([MEAN_UNIT, LOG_SCALE_STEP], dtype=torch.float64)
-    units.append(output.repeat_interleave(M))
-    zeros = torch.tensor([0, LOG_SCALE_MIN], dtype=torch.float64).repeat_interleave(M)
-    for k, layer in enumerate(layers):
-        zero = zeros if layer is layers[-1] else 0
-        largest_input = MAX_SYMBOL if k == 0 else WIDE[1]
-        sum_unit = units[k] * layer.weight_scale.double().flatten()  # (out,), of 1 in a sum
-        bias = torch.round((layer.bias.double() - zero) / sum_unit)
+    # of the last layer: the means in units of 2^-12, the log scales in steps of the table
+    last_unit = torch.tensor([MEAN_UNIT, LOG_SCALE_STEP], dtype=torch.float64).repeat_interleave(M)
+    last_zero = torch.tensor([0, LOG_SCALE_MIN], dtype=torch.float64).repeat_interleave(M)
+    input_unit, largest_input = 1, MAX_SYMBOL  # z_hat
+    for layer, following in zip(layers, [*layers[1:], None]):
+        if following is None:
+            output_unit, output_zero = last_unit, last_zero
+        else:
+            output_unit, output_zero = following.input_scale.double(), 0
+        sum_unit = input_unit * layer.weight_scale.double().flatten()  # (out,)
+        bias = torch.round((layer.bias.double() - output_zero) / sum_unit)
         out_axis, _ = structure.channel_axes(layer)
         weights = layer.integer_weight().abs().transpose(0, out_axis).flatten(1).sum(1)
         if not (largest_input * weights + bias.abs() < 2**53).all():
@@ -61,7 +69,8 @@ def freeze_h_s(model):
                 "quantize again with a smaller --lr"
             )
         layer.integer_bias.copy_(bias)
-        layer.multiplier.copy_(sum_unit / units[k + 1])
+        layer.multiplier.copy_(sum_unit / output_unit)
+        input_unit, largest_input = output_unit, WIDE[1]
 
 
 class IntegerConvolution(nn.Module):

@@ -93,6 +93,7 @@ class Codec(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        structure.check_layers()
         self.config = config
         self.lambdas = config["lambdas"]
         self.quantization = None  # or the bits, set by eight_bits.quantize_layers
@@ -110,7 +111,7 @@ class Codec(nn.Module):
         """Gain and inverse gain of each image: level (B,) -> two of (B, M, 1, 1).
 
         level is the position in `lambdas`, 0 to len(lambdas) - 1; a fraction takes the
-        geometric mean of its neighbours' gains.
+        weighted geometric mean of its neighbours' gains.
         """
         last = len(self.lambdas) - 1
         low = level.floor().long().clamp(max=max(last - 1, 0))
@@ -122,8 +123,11 @@ class Codec(nn.Module):
         return gain[:, :, None, None], inverse_gain[:, :, None, None]
 
     def forward(self, x, level):
-        """x (B, 3, H, W), level (B,) -> Output. The rate counts noisy latents in training mode
-        (differentiable) and rounded ones in eval mode (what a file costs, but for escapes)."""
+        """x (B, 3, H, W), level (B,) -> Output.
+
+        The rate counts noisy latents in training mode (differentiable) and rounded ones in eval
+        mode: what a file costs, but for escapes and for the 64 scales that the coder knows.
+        """
         gain, inverse_gain = self.gains(level)
         # under autocast the networks return bf16; the rest stays in x's precision
         y = self.g_a(x - 0.5).to(x.dtype) * gain  # (B, M, H/16, W/16)

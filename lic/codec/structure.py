@@ -3,7 +3,9 @@
 LAYERS is the whole mean-scale hyperprior (Minnen, Ballé, Toderici, arXiv:1809.02736, without its
 context model). All that must know the layers asks here: the model that is built, the parameters
 and multiply-accumulates that are counted, the channels that a cut removes, the range of each
-8-bit input, the loop over the integer h_s. Another architecture is another LAYERS.
+8-bit input, the loop over the integer h_s. Another architecture is another LAYERS, within what
+`check_layers` allows. (Which input gets how many bits is in
+eight_bits.py, the presets' widths are in model.py.)
 
 A layer reads one group of channels and makes another. Twelve groups may be narrowed; with them
 go (the output of `python -m lic.codec.structure`):
@@ -23,7 +25,7 @@ go (the output of `python -m lic.codec.structure`):
     h_s.2   h_s.conv2                   h_s.conv3
 
 What is irregular is in `axes_of_group`: h_s makes two numbers for each channel of y, its mean and
-its scale; y has gains; z has a prior. The image is never cut.
+its scale; y has gains; z has a prior. y alone has two readers. The image is never cut.
 """
 
 from typing import NamedTuple
@@ -75,9 +77,10 @@ PRIOR_PARAMETERS = 43  # a channel of z: 24 + 10 + 9 in entropy.EntropyBottlenec
 
 
 class Group(NamedTuple):
-    made_by: str  # names of layers
+    made_by: str  # name of a layer
     gdn: str | None  # the GDN that normalises it
-    used_by: list
+    used_by: list  # names of layers; the first is the one in which errors of the group are judged:
+    # of y's two, g_s, which makes the picture
 
 
 def layers_of(network):
@@ -93,8 +96,32 @@ def groups():
             continue
         gdn = layer.then_name if layer.then in ("gdn", "igdn") else None
         used_by = [reader.name for reader in LAYERS if reader.reads == layer.makes]
+        used_by.sort(key=lambda name: not name.startswith("g_s"))
         table[layer.makes] = Group(layer.name, gdn, used_by)
     return table
+
+
+def check_layers():
+    """Raise ValueError if LAYERS holds what the rest of the code does not know."""
+    then = {layer.makes: layer.then for layer in LAYERS}
+    readers = [layer.reads for layer in LAYERS]
+    for layer in LAYERS:
+        if layer.kind == "deconv" and (layer.kernel, layer.stride) != (5, 2):
+            raise ValueError(
+                f"{layer.name}: a transposed convolution is 5x5 with stride 2 (PHASES)"
+            )
+        if layer.makes in (IMAGE, MEAN_AND_SCALE, "y", "z"):
+            if layer.then:
+                raise ValueError(f"{layer.name}: nothing follows what makes {layer.makes}")
+        elif layer.network[0] == "h" and layer.then != "lrelu":
+            raise ValueError(f"{layer.name}: within h_a and h_s a layer is followed by lrelu")
+        elif layer.network[0] == "g" and layer.then not in ("gdn", "igdn"):
+            raise ValueError(f"{layer.name}: within g_a and g_s a layer is followed by GDN or IGDN")
+        if layer.reads != IMAGE and layer.reads not in then:
+            raise ValueError(f"{layer.name} reads {layer.reads}, which no layer makes")
+    for group in groups():
+        if group != "y" and readers.count(group) != 1:
+            raise ValueError(f"{group}: one layer must read it; only y has two readers")
 
 
 def axes_of_group(model, group):
@@ -143,7 +170,7 @@ def total_stride():
     return round(positions()["z"] ** -0.5)
 
 
-def matrices(widths):
+def layer_sizes(widths):
     """(name, channels in, channels out, kernel side, positions a pixel) of each layer with weights.
 
     positions: where it is evaluated, at the outputs of a convolution, at the inputs of a transposed
@@ -162,7 +189,7 @@ def matrices(widths):
 def parameters(config):
     """Trained numbers of a codec: weights and biases, the density of z, the gains."""
     widths, levels = config["widths"], len(config["lambdas"])
-    weights = sum(k * k * c_in * c_out + c_out for _, c_in, c_out, k, _ in matrices(widths))
+    weights = sum(k * k * c_in * c_out + c_out for _, c_in, c_out, k, _ in layer_sizes(widths))
     return weights + PRIOR_PARAMETERS * widths["z"] + 2 * levels * widths["y"]
 
 
@@ -172,7 +199,7 @@ def kmac_per_pixel(config):
     The encoder runs g_a, h_a and h_s, the decoder h_s and g_s; total counts h_s once.
     """
     spent = {"g_a": 0.0, "g_s": 0.0, "h_a": 0.0, "h_s": 0.0}
-    for name, c_in, c_out, kernel, evaluated in matrices(config["widths"]):
+    for name, c_in, c_out, kernel, evaluated in layer_sizes(config["widths"]):
         network = name.split(".")[0]
         spent[network] += kernel**2 * c_in * c_out * evaluated / 1000
     return {

@@ -6,9 +6,10 @@ Which tensors a channel lives in is written in codec/structure.py.
 import torch
 
 from lic.codec import structure
-from lic.codec.gdn import PEDESTAL
+from lic.codec.gdn import GDN
 from lic.codec.model import Codec
-from lic.shrink.statistics import best_prediction
+from lic.shrink.statistics import best_prediction, observe
+from lic.train.loss import mean_loss
 
 
 @torch.no_grad()
@@ -36,6 +37,19 @@ def narrow(model, keep, statistics=None):
     return narrowed.to(memory_format=torch.channels_last)
 
 
+def best_cut(model, keep, x):
+    """`narrow` with or without the fold, whichever has the lower J on the images x (B, 3, H, W).
+
+    Returns the codec and {"not folded": J, "folded": J}, geometric means over the levels.
+    """
+    codecs = {
+        "not folded": narrow(model, keep),
+        "folded": narrow(model, keep, observe(model, x)),
+    }
+    J = {how: mean_loss(codec, x).log().mean().exp().item() for how, codec in codecs.items()}
+    return codecs[min(J, key=J.get)], J
+
+
 def removed(width, keep):
     """The other indices of range(width)."""
     stays = torch.zeros(width, dtype=torch.bool)
@@ -50,7 +64,8 @@ def fold_into_readers(model, state, group, keep, statistics):
 
         x_gone ~ B x_keep + c
 
-    With it a reader's output is a function of the others alone, of other weights and another bias:
+    With it a reader's output is a function of the others alone, of other weights and another bias
+    (but at the borders, where the padding is 0 and not c):
 
         W_keep x_keep + W_gone x_gone ~ (W_keep + W_gone B) x_keep + W_gone c
 
@@ -90,9 +105,9 @@ def fold_into_gdn(model, state, group, keep, statistics):
     c = (mean[gone] - B @ mean[keep]).clamp(min=0)
     beta, gamma = model.get_submodule(gdn).coefficients()
     B, c = B.to(gamma), c.to(gamma)
-    state[f"{gdn}.beta"] = torch.sqrt(beta + gamma[:, gone] @ c + PEDESTAL)
+    state[f"{gdn}.beta"] = GDN.stored(beta + gamma[:, gone] @ c)
     gamma[:, keep] += gamma[:, gone] @ B
-    state[f"{gdn}.gamma"] = torch.sqrt(gamma + PEDESTAL)
+    state[f"{gdn}.gamma"] = GDN.stored(gamma)
 
 
 def importance(model, statistics, measure="residual"):

@@ -10,7 +10,7 @@ import torch
 
 from lic.codec import structure
 from lic.codec.eight_bits import WIDE, eight_bit_inputs, fake_quantize, input_ranges
-from lic.codec.gdn import IGDN, PEDESTAL
+from lic.codec.gdn import IGDN
 from lic.shrink.statistics import layer_inputs
 
 
@@ -79,8 +79,8 @@ def equalize(model, x):
     the input's 256 steps, and a loud one has small weights, which get few of theirs. Dividing
     channel c by s_c and multiplying the weights that read it by s_c changes nothing in exact
     arithmetic, as long as GDN's beta stays above its bound. The division costs nothing: the layer
-    before takes it, through a leaky ReLU; or GDN, whose beta_c and gamma[c] take s_c^2; or, for y,
-    the inverse gain.
+    before takes it, through a leaky ReLU; or GDN, whose beta_c and gamma[c] take s_c^2; or, for y
+    on its way into g_s, the inverse gain.
 
         s_c = sqrt(largest |input| / largest |weight|), over the geometric mean of the channels
 
@@ -117,5 +117,5 @@ def divide_gdn(gdn, s):
     """Divide the output channels of a GDN or IGDN by s (C,), in place."""
     beta, gamma = gdn.coefficients()
     power = s**-2 if isinstance(gdn, IGDN) else s**2  # IGDN multiplies by the root
-    gdn.beta.copy_(torch.sqrt(beta * power + PEDESTAL))
-    gdn.gamma.copy_(torch.sqrt(gamma * power[:, None] + PEDESTAL))
+    gdn.beta.copy_(gdn.stored(beta * power))
+    gdn.gamma.copy_(gdn.stored(gamma * power[:, None]))

@@ -33,11 +33,11 @@ PATCHES = 512  # at most, of each layer's input, for four images
 def round_weights(model, moments):
     """Put the weights of a quantized codec's layers on their 8-bit grids, in place.
 
-    The scale of a row is that of its largest weight. moments: from `patch_moments`. Returns
-    {layer: factor by which the squared error of its output is smaller than with the nearest
-    integers}.
+    The scale of a row is that of its largest weight. moments: from `patch_moments`.
+    Returns {layer: factor by which the squared error of its output is smaller than with the
+    nearest integers}.
     """
-    gains = {}
+    improvements = {}
     for name, H in moments.items():
         layer = model.get_submodule(name)
         W = structure.weight_rows(layer)  # (out, in * k * k)
@@ -49,12 +49,12 @@ def round_weights(model, moments):
             before += output_error(W[:, taps] - Q[:, taps], H_met)
             Q[:, taps] = scale[:, None] * round_rows(W[:, taps] / scale[:, None], H_met)
             after += output_error(W[:, taps] - Q[:, taps], H_met)
-        gains[name] = (before.clamp(min=1e-30) / after.clamp(min=1e-30)).item()
+        improvements[name] = (before.clamp(min=1e-30) / after.clamp(min=1e-30)).item()
         out_axis, _ = structure.channel_axes(layer)
-        rows = layer.weight.transpose(0, out_axis)
+        rows = layer.weight.transpose(0, out_axis)  # (out, in, k, k)
         rows.copy_(Q.view(rows.shape))
         layer.weight_scale.copy_(structure.broadcast(scale, out_axis))
-    return gains
+    return improvements
 
 
 def output_error(error, H):
@@ -124,7 +124,10 @@ def tap_groups(layer):
 def round_rows(W, H):
     """W (out, K), in units of a row's scale, to integers in [-127, 127].
 
-    The error of each column is made good by the columns after it. H (K, K): E[u u^T].
+    H (K, K): E[u u^T]. Column after column is rounded, and the columns after it make its error e
+    good: they move by the least squares e H^-1[k, k:] / H^-1[k, k], with H of the columns from k
+    on. Row k of the upper Cholesky factor U of the whole H^-1 is this H^-1[k, k:], but for a
+    factor that cancels in the quotient.
     """
     W, H = W.double(), H.double()
     # the loudest first, while many can make it good
@@ -132,7 +135,6 @@ def round_rows(W, H):
     W, H = W[:, order], H[order][:, order]
     ridge = RIDGE * H.diagonal().mean().clamp(min=1e-30)  # an input may be always 0
     H = H + ridge * torch.eye(len(H), dtype=H.dtype)
-    # row k of this factor: how column k's error is predicted best from the columns after it
     U = torch.linalg.cholesky(torch.linalg.inv(H), upper=True)
     Q = torch.empty_like(W)
     for k in range(len(H)):

@@ -15,28 +15,13 @@ A plan is {group: width}. `rise`, an argument below, measures one: it takes a pl
 and gives the relative rise of J, averaged over the levels, when those are narrowed together.
 """
 
-import json
 import math
 
 from lic.codec import structure
-from lic.files import LicError, read_bytes
 
 MULTIPLE = 8  # widths that vector units like; odd ones can be slower than what they replace
 RATIOS = [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]
 POPULATION = 8  # plans that evolve crosses
-
-FORMAT = "lic plan"
-KEYS = {
-    "method",
-    "importance",
-    "target",
-    "of",
-    "alpha",
-    "ratio",
-    "lambdas",
-    "sparsity",
-    "sensitivity",
-}
 
 
 def round_width(width):
@@ -83,15 +68,26 @@ def threshold_widths(table, alpha):
 
 
 def adaptive_search(table, config, target, of):
-    """Alpha, widths and sparsity of the threshold plan nearest to the target sparsity."""
-    # S changes nowhere else than at these
+    """Alpha, widths and sparsity of the threshold plan nearest to the target sparsity.
+
+    S rises with alpha and changes at the sensitivities alone: alpha moves among those by bisection.
+    """
     alphas = sorted({zeta for row in table.values() for zeta in row.values()})
 
-    def widths_of(t):
-        return threshold_widths(table, alphas[int(t)])
+    def plan(alpha):
+        widths = threshold_widths(table, alpha)
+        return alpha, widths, sparsity(config, widths)[of]
 
-    t, widths, S = bisect(widths_of, 0, len(alphas) - 1e-9, config, target, of)
-    return alphas[int(t)], widths, S
+    low, high = 0, len(alphas) - 1  # the first alpha that reaches the target is among these
+    while low < high:
+        middle = (low + high) // 2
+        _, _, S = plan(alphas[middle])
+        if S < target:
+            low = middle + 1
+        else:
+            high = middle
+    neighbours = [plan(alpha) for alpha in alphas[max(0, low - 1) : low + 1]]
+    return min(neighbours, key=lambda plan: abs(plan[2] - target))
 
 
 def uniform_widths(config, target, of):
@@ -105,30 +101,24 @@ def uniform_widths(config, target, of):
     # steps of 5 through the groups: neighbours in the table round far apart
     stagger = [(5 * i % count + 0.5) / count for i in range(count)]
 
-    def widths_of(t):
+    def widths_of(ratio):
         widths = {}
         for (group, full), round_at in zip(config["widths"].items(), stagger):
-            narrowed = MULTIPLE * math.floor((1 - t) * full / MULTIPLE + round_at)
+            narrowed = MULTIPLE * math.floor(ratio * full / MULTIPLE + round_at)
             widths[group] = min(full, max(MULTIPLE, narrowed))
         return widths
 
-    t, widths, S = bisect(widths_of, 0.0, 1.0, config, target, of)
-    return 1 - t, widths, S
-
-
-def bisect(widths_of, low, high, config, target, of):
-    """t, widths_of(t) and its sparsity, which rises with t in [low, high], nearest to target."""
-    best, least = None, math.inf
+    best, least, low, high = None, math.inf, 0.0, 1.0
     for _ in range(50):
-        t = (low + high) / 2
-        widths = widths_of(t)
+        ratio = (low + high) / 2
+        widths = widths_of(ratio)
         S = sparsity(config, widths)[of]
         if abs(S - target) < least:
-            best, least = (t, widths, S), abs(S - target)
+            best, least = (ratio, widths, S), abs(S - target)
         if S < target:
-            low = t
+            high = ratio
         else:
-            high = t
+            low = ratio
     return best
 
 
@@ -182,27 +172,3 @@ def fit_budget(widths, config, of, budget, rng):
             if sparsity(config, widths | {group: wider})[of] < budget:
                 break
             widths[group] = wider
-
-
-def load_plan(path, baseline=None):
-    """What search.py wrote, a dict; its "keep" is {group: [rising indices]}.
-
-    baseline: fingerprint of the checkpoint that it must have been made for. Raises LicError for
-    anything else.
-    """
-    try:
-        plan = json.loads(read_bytes(path))
-        complete = plan["format"] == FORMAT and isinstance(plan["baseline"], str)
-        complete = complete and KEYS <= plan.keys()
-        for group in structure.groups():
-            complete = complete and len(plan["keep"][group]) == plan["widths"][group] > 0
-    except (ValueError, KeyError, TypeError, AttributeError):
-        complete = False
-    if not complete:
-        raise LicError(f"{path} is not a plan that search.py wrote")
-    if baseline and plan["baseline"] != baseline:
-        raise LicError(
-            f"{path} was made for checkpoint {plan['baseline'][:16]}, this one is {baseline[:16]}; "
-            "run search.py on it"
-        )
-    return plan

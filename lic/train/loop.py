@@ -2,7 +2,7 @@
 
 Noise for the rate and straight-through rounding for what enters g_s (Minnen and Singh,
 arXiv:2007.08739); one optimizer, no auxiliary loss. `--resume` goes on as if never stopped, to the
-last bit on the CPU (a GPU adds up in no fixed order): state.py.
+last bit on a CPU with as many threads (a GPU adds up in no fixed order): state.py.
 """
 
 import signal
@@ -50,11 +50,11 @@ def add_training_arguments(parser, steps, lr, out):
         help="steps between saves (default: 1000)")
     add("--out", default=out, help=f"checkpoint to write (default: {out})")
     add("--resume", action="store_true",
-        help="go on from OUT.state, exactly as if never stopped")
+        help="go on from OUT.state, with as many threads exactly as if never stopped")
     # fmt: on
 
 
-def run_settings(model, train, args, parent):
+def run_settings(model, train, args, origin):
     """What --resume must find unchanged: plain values."""
     return {
         **{key: vars(args)[key] for key in ("steps", "batch", "crop", "lr", "amp", "seed")},
@@ -62,32 +62,31 @@ def run_settings(model, train, args, parent):
         "images": [len(train), sum(image.size for image in train)],  # another would shift all crops
         "config": model.config,
         "quantization": model.quantization,
-        "parent": parent,
+        "origin": origin,
         "recipe": RECIPE,
     }
 
 
-def fit(model, train, held_out, args, parent=None):
+def fit(model, train, held_out, args, origin=None):
     """Train `model` in place for args.steps steps; args as `add_training_arguments` gives them.
 
     train: list of (H, W, 3) uint8; held_out: (B, 3, H, W), whose J is printed at each save;
-    parent: what else the weights at step 0 came from, plain values, so that --resume notices
-    another.
-    Saves to OUT.state at intervals and on Ctrl-C or SIGTERM, then raises Interrupted; raises
-    LicError at the first gradient that is not finite. --resume takes another args.steps if the
-    warm-up is the same and the decline of the learning rate has not begun.
+    origin: what else the weights at step 0 came from, plain values, so that --resume notices
+    another. Saves to OUT.state at intervals and on Ctrl-C or SIGTERM, then raises Interrupted.
+    Raises LicError at the first gradient that is not finite. --resume takes another args.steps if
+    the warm-up is the same and the decline of the learning rate has not begun.
     """
     if args.device == "cuda" and not torch.cuda.is_available():
         raise LicError("--device cuda: this torch sees no GPU; leave the option out")
     if args.amp and args.device == "cpu":
         warn_of_slow_bf16()
-    settings, state_path = run_settings(model, train, args, parent), args.out + ".state"
+    settings, state_path = run_settings(model, train, args, origin), args.out + ".state"
     torch.backends.cudnn.benchmark = True  # the shapes never change
     model.to(args.device, memory_format=torch.channels_last)
     # a step is a thousand small kernels, which take longer to launch than to run on a GPU;
     # this mode records them as CUDA graphs
     forward = torch.compile(model, mode="reduce-overhead") if args.compile else model
-    train = [torch.from_numpy(image).to(args.device) for image in train]
+    photographs = [torch.from_numpy(image).to(args.device) for image in train]
     held_out = held_out.to(args.device)
     optimizer = Optimizer(model)
     first = load_state(state_path, model, optimizer, settings) if args.resume else 0
@@ -98,7 +97,7 @@ def fit(model, train, held_out, args, parent=None):
         for step in range(first, args.steps):
             rng = np.random.default_rng([args.seed, step])
             torch.manual_seed(int(rng.integers(2**63)))  # the noise
-            x = random_crops(train, args.batch, args.crop, rng)  # (B, 3, crop, crop)
+            x = random_crops(photographs, args.batch, args.crop, rng)  # (B, 3, crop, crop)
             level = torch.from_numpy(rng.integers(len(lambdas), size=args.batch))  # (B,)
             level = level.to(args.device, non_blocking=True)
 

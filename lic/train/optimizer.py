@@ -18,16 +18,18 @@ import torch
 CLIP_NORM = 1.0  # of what Adam trains; Muon's step does not depend on the size of the gradient
 MOMENTUM = 0.95
 # Jordan's polynomial a x + b x^3 + c x^5: five times it takes singular values to about 1
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+NEWTON_SCHULZ, ITERATIONS = (3.4445, -4.7750, 2.0315), 5
 
 
 def orthogonal(G):
     """The factor U V^T of G = U S V^T: (r, c) -> (r, c).
 
     Its singular values are 0.7 to 1.2 in the place of 1; those below 0.2 % of the norm of G come
-    out smaller. Newton-Schulz: X <- a X + b (X X^T) X + c (X X^T)^2 X. All iterations multiply X
-    from the left by polynomials of A = X X^T, so they are made on A, which is small, and X is
-    multiplied once at the end.
+    out smaller. Newton-Schulz, with A = X X^T:
+
+        X <- P X,    P = a I + b A + c A^2,    so that A <- P A P
+
+    All iterations are made on A, which is small, and X is multiplied once, by the product of the P.
     """
     if len(G) > G.shape[1]:
         return orthogonal(G.T).T
@@ -41,7 +43,7 @@ def orthogonal(G):
     X = G / G.norm().clamp(min=1e-7)
     A = X @ X.T
     P = product = polynomial(A)
-    for _ in range(4):
+    for _ in range(ITERATIONS - 1):
         A = P @ A @ P
         P = polynomial(A)
         product = P @ product
@@ -66,7 +68,7 @@ class Optimizer:
     def step(self, lr):
         """One step along the gradients, which are then cleared.
 
-        Returns their norm, a tensor: to look at it waits for a GPU.
+        Returns their norm, a tensor ().
         """
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.kernels + self.others])
         for kernel, momentum in zip(self.kernels, self.momentum):

@@ -4,10 +4,13 @@ No random state is saved: each step draws from a generator seeded with (seed, st
 learning rate is a function of the step and the number of steps.
 """
 
+import sys
 from pathlib import Path
 
+import torch
+
 from lic.files import UNREADABLE, LicError, check_writable, read_tensors, write_tensors
-from lic.train.schedule import phases
+from lic.train.schedule import milestones
 
 
 def save_state(path, model, optimizer, step, settings):
@@ -17,6 +20,7 @@ def save_state(path, model, optimizer, step, settings):
         "optimizer": optimizer.state_dict(),
         "step": step,
         "settings": settings,
+        "threads": torch.get_num_threads(),
     }
     write_tensors(path, state)
 
@@ -56,8 +60,8 @@ def load_state(path, model, optimizer, settings):
     done, made_with = state["step"], state["settings"]
     changed = sorted(key for key in settings if settings[key] != made_with.get(key))
     if changed == ["steps"]:
-        warmup, decline = phases(made_with["steps"])
-        new_warmup, new_decline = phases(settings["steps"])
+        warmup, decline = milestones(made_with["steps"])
+        new_warmup, new_decline = milestones(settings["steps"])
         if done > min(decline, new_decline) or warmup != new_warmup:
             raise LicError(
                 f"{path} is at step {done} of {made_with['steps']}; --steps can change only in the "
@@ -67,6 +71,12 @@ def load_state(path, model, optimizer, settings):
     elif changed:
         raise LicError(
             f"{path} was made with another {', '.join(changed)}; resume with the same settings"
+        )
+    if state.get("threads") != torch.get_num_threads():
+        print(
+            f"warning: {path} was made with {state.get('threads')} threads, this process has "
+            f"{torch.get_num_threads()}: last bits will differ from a run that was never stopped",
+            file=sys.stderr,
         )
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])

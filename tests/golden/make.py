@@ -24,7 +24,7 @@ sys.path[:0] = [str(FOLDER.parent.parent)]
 from lic.__main__ import export  # noqa: E402
 from lic.codec import coder  # noqa: E402
 from lic.codec.bitstream import ImageCoder, load_coder, padded  # noqa: E402
-from lic.codec.checkpoint import load, save  # noqa: E402
+from lic.codec.checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
 from lic.codec.eight_bits import quantize_layers  # noqa: E402
 from lic.codec.integer import freeze_h_s  # noqa: E402
 from lic.codec.model import Codec  # noqa: E402
@@ -81,7 +81,7 @@ def make_codec():
     )
     fit(model, train, held_out, args)
     Path(args.out + ".state").unlink()
-    save(
+    save_checkpoint(
         FOLDER / "codec.pt",
         model,
         build_tables(model),
@@ -93,12 +93,12 @@ def make_codec():
 
 def make_quantized():
     """quantized.pt, calibrated from codec.pt."""
-    model, meta = load(FOLDER / "codec.pt")
+    model, meta = load_checkpoint(FOLDER / "codec.pt")
     calibration = fixed_crops(load_images(None, 64)[0], 8, 64)
     quantize_layers(model, input_scales(model, calibration))
     round_weights(model, patch_moments(model, calibration))
     freeze_h_s(model)
-    save(FOLDER / "quantized.pt", model, build_tables(model), "quantize", {}, 0, meta)
+    save_checkpoint(FOLDER / "quantized.pt", model, build_tables(model), "quantize", {}, 0, meta)
 
 
 def images():
@@ -140,7 +140,7 @@ def make_files():
         ("quantized", "leaves", 2),
         ("quantized", "noise", 0),
     ):
-        model, meta = load(FOLDER / f"{codec}.pt")
+        model, meta = load_checkpoint(FOLDER / f"{codec}.pt")
         with torch.no_grad():
             for name, factor in FORCED.get((codec, image), {}).items():
                 model.get_parameter(name).mul_(factor)
@@ -177,7 +177,7 @@ def make_layers():
     For the upper left 64x64 pixels of leaves.png at quality 1. A layer's input is the output before
     it.
     """
-    model, _ = load(FOLDER / "codec.pt")
+    model, _ = load_checkpoint(FOLDER / "codec.pt")
     seen = {}
     for network in ("g_a", "h_a", "h_s", "g_s"):
         layers = getattr(model, network)

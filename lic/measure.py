@@ -1,0 +1,162 @@
+"""What evaluate.py and the tools measure: codecs with real files, and Pillow's beside them."""
+
+import io
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, features
+
+from lic.codec import structure
+from lic.codec.bitstream import ImageCoder, padded, padded_pixels
+from lic.codec.checkpoint import load_checkpoint
+from lic.files import LicError
+from lic.metrics import ms_ssim, psnr
+
+CLASSICAL = {  # name: (Pillow format, feature to ask for, qualities)
+    "jpeg": ("JPEG", "jpg", (5, 10, 20, 30, 45, 60, 75, 90)),
+    "webp": ("WEBP", "webp", (1, 5, 15, 30, 50, 70, 85)),
+    "avif": ("AVIF", "avif", (15, 30, 40, 50, 60, 75)),
+}
+ALIVE = 0.001  # bits a position that a channel of y or z must carry to count as alive
+
+
+def bits_per_pixel(size, image):
+    """Of a file of `size` bytes."""
+    return 8 * size / (image.shape[0] * image.shape[1])
+
+
+@torch.inference_mode()
+def ideal_bits(model, image, level):
+    """-log2 p of the rounded latents, by channel of y and of z: (M,) and (Z,) float64.
+
+    With continuous scales, and at most 24 bits a symbol (MAX_BITS, the least probability of a
+    table).
+    """
+    out = model(padded(image), torch.tensor([float(level)]))
+    return out.y_bits[0].double().numpy(), out.z_bits[0].double().numpy()
+
+
+def measure_image(coder, image, level, path):
+    """One file: its figures, and how many seconds it took to encode and to decode."""
+    start = time.perf_counter()
+    data = coder.encode(image, level)
+    encoded = time.perf_counter()
+    path.write_bytes(data)
+    data = path.read_bytes()
+    reading = time.perf_counter()
+    decoded = coder.decode(data)
+    end = time.perf_counter()
+    return {
+        "bpp": bits_per_pixel(path.stat().st_size, image),
+        "psnr": psnr(image, decoded),
+        "ms_ssim": ms_ssim(image, decoded),
+        "encode_seconds": encoded - start,
+        "decode_seconds": end - reading,
+    }
+
+
+def measure_level(model, coder, images, level, folder):
+    """One level of one checkpoint, averaged over the images; and how many channels are alive."""
+    rows, pixels, y_total, z_total = [], 0, 0, 0
+    for image in images:
+        row = measure_image(coder, image, level, folder / "image.lic")
+        y_bits, z_bits = ideal_bits(model, image, level)
+        ideal = bits_per_pixel((y_bits.sum() + z_bits.sum()) / 8, image)
+        rows.append({**row, "ideal_bpp": ideal})
+        pixels += padded_pixels(*image.shape[:2])
+        y_total, z_total = y_total + y_bits, z_total + z_bits
+    where = structure.positions()
+    return {
+        "lmbda": model.lambdas[level],
+        **mean_of(rows),
+        "alive_y": int((y_total / (pixels * where["y"]) > ALIVE).sum()),
+        "alive_z": int((z_total / (pixels * where["z"]) > ALIVE).sum()),
+    }
+
+
+def mean_of(rows):
+    """Dicts of the same figures, averaged."""
+    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+
+
+def measure_checkpoint(path, images, amp):
+    model, meta = load_checkpoint(path)
+    coder = ImageCoder(model, meta["tables"], meta["fingerprint"], amp)
+    coder.decode(coder.encode(images[0], 0))  # warm-up
+    levels = []
+    with tempfile.TemporaryDirectory() as folder:
+        for level in range(len(model.lambdas)):
+            levels.append(measure_level(model, coder, images, level, Path(folder)))
+    macs, widths = structure.kmac_per_pixel(model.config), model.config["widths"]
+    return {
+        "path": path,
+        "stage": meta["stage"],
+        "parameters": structure.parameters(model.config),
+        "kmac_per_pixel": {"encoder": macs["encoder"], "decoder": macs["decoder"]},
+        "bytes": meta["bytes"],
+        "channels": {"y": widths["y"], "z": widths["z"]},
+        "levels": levels,
+    }
+
+
+def pillow_coded(image, form, quality):
+    """The file that Pillow writes at a quality, bytes, and what it decodes to."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format=form, quality=quality)
+    return buffer.getvalue(), np.asarray(Image.open(buffer).convert("RGB"))
+
+
+def best_within(image, form, size):
+    """The best JPEG or WebP of at most `size` bytes, or the smallest there is.
+
+    Returns its quality, its bytes and the decoded image. Raises LicError where Pillow cannot write
+    this image in that form.
+    """
+    low, high = 0, 100
+    try:
+        while low < high:
+            middle = (low + high + 1) // 2
+            if len(pillow_coded(image, form, middle)[0]) <= size:
+                low = middle
+            else:
+                high = middle - 1
+        return low, *pillow_coded(image, form, low)
+    except (OSError, ValueError) as error:  # JPEG ends at 65,500 pixels a side, WebP at 16,383
+        raise LicError(f"Pillow cannot write this image as {form}: {error}") from error
+
+
+def measure_classical(images):
+    """JPEG, WebP and AVIF through Pillow's defaults: {name: [{"quality", "bpp", ...}]}."""
+    results = {}
+    for name, (form, feature, qualities) in CLASSICAL.items():
+        if not features.check(feature):
+            print(f"{name}: this Pillow was built without it, left out")
+            continue
+        try:
+            results[name] = [measure_quality(images, form, quality) for quality in qualities]
+        # each ends at some size, WebP at 16,383 pixels a side
+        except (OSError, ValueError, RuntimeError) as error:
+            print(f"{name}: Pillow cannot write these images ({error}), left out")
+    return results
+
+
+def measure_quality(images, form, quality):
+    """One quality of one of Pillow's codecs, averaged over the images."""
+    rows = []
+    for image in images:
+        data, decoded = pillow_coded(image, form, quality)
+        rows.append(
+            {
+                "bpp": bits_per_pixel(len(data), image),
+                "psnr": psnr(image, decoded),
+                "ms_ssim": ms_ssim(image, decoded),
+            }
+        )
+    return {"quality": quality, **mean_of(rows)}
+
+
+def points(rows):
+    return [(row["bpp"], row["psnr"]) for row in rows]
