@@ -5,7 +5,7 @@ VENV := .venv/bin/python
 
 # The five stages at tiny scale on synthetic images, in a folder of their own.
 demo: .venv/installed
-	rm -f runs/demo/*.state
+	rm -rf runs/demo
 	$(VENV) train.py --out runs/demo/base.pt
 	$(VENV) search.py --checkpoint runs/demo/base.pt --out runs/demo/plan.json
 	$(VENV) prune.py --checkpoint runs/demo/base.pt --plan runs/demo/plan.json --out runs/demo/pruned.pt

@@ -16,12 +16,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lic.codec.bitstream import MAX_PIXELS, padded_pixels
 from lic.codec.checkpoint import load_checkpoint
-from lic.files import LicError, check_writable, read_bytes, run, write_bytes
-from lic.images import HELD_OUT, dead_leaves, find_images, read_image
-from lic.measure import measure_checkpoint, measure_classical, points
-from lic.metrics import bd_rate
+from lic.files import LicError, claim_output, read_bytes, run, write_bytes
+from lic.images import dead_leaves, find_images, read_images, split
+from lic.measure import LOSSLESS, measure_checkpoint, measure_classical, points
+from lic.metrics import bd_rate, shared_range
 from lic.options import make_parser
 
 STAGES = ["runs/base.pt", "runs/pruned.pt", "runs/quantized.pt"]
@@ -41,6 +40,7 @@ def parse_args():
         "docs/kodak_published.json")
     add("--json", help="write all figures to this file")
     add("--plot", help="write the rate-distortion plot to this PNG (needs matplotlib)")
+    add("--overwrite", action="store_true", help="replace what --json and --plot name")
     # fmt: on
     return parser.parse_args()
 
@@ -59,7 +59,7 @@ def show_bd_rates(ours, others):
         labels = list(ours)
     width = max(15, *(len(label) + 2 for label in labels))
     print(" " * 44 + "".join(f"{label:>{width}}" for label in labels))
-    reasons = []
+    remarks = []
     for name, anchor in (ours | others).items():
         row = f"{name:44}"
         for test_name, test in ours.items():
@@ -67,10 +67,17 @@ def show_bd_rates(ours, others):
             cell = "-" if why else f"{percent:+.2f} %"
             row += f"{cell:>{width}}"
             if why:
-                reasons.append(why)
+                remarks.append(f"- not comparable: {why}")
+                continue
+            low, high, share = shared_range(anchor, test)
+            if share < 0.25:
+                remarks.append(
+                    f"! {name} and {test_name} share {low:.2f} to {high:.2f} dB only, "
+                    f"{share:.0%} of the shorter curve: their BD-rate says little"
+                )
         print(row)
-    for why in dict.fromkeys(reasons):  # the same for a curve wherever it is met
-        print(f"- not comparable: {why}")
+    for remark in dict.fromkeys(remarks):  # the same for a curve wherever it is met
+        print(remark)
 
 
 def import_pyplot():
@@ -122,21 +129,16 @@ def plot(path, pyplot, ours, others):
     write_bytes(path, buffer.getvalue())
 
 
-def read_images(args):
+def images_of(args):
     """The images to measure on: photographs, or four synthetic ones."""
-    if not args.data:
+    if args.data is None:
         return [dead_leaves(seed) for seed in range(1000, 1004)]
     paths = find_images(args.data)
-    if args.held_out:
-        paths = paths[::HELD_OUT]
-    images = [read_image(path) for path in paths]
+    images = read_images(paths)
     for path, image in zip(paths, images):
-        if padded_pixels(*image.shape[:2]) > MAX_PIXELS:
-            raise LicError(
-                f"{path} has more than {MAX_PIXELS} pixels, the codec's default limit; "
-                "leave it out or make it smaller"
-            )
-    return images
+        if (image == image[0, 0]).all():
+            print(f"{path} is one colour; where it comes back exactly it counts as {LOSSLESS} dB")
+    return split(images)[1] if args.held_out else images
 
 
 def show_checkpoint(result):
@@ -164,13 +166,14 @@ def main():
     args = parse_args()
     if args.held_out and not args.data:
         raise LicError("--held-out needs --data, the folder that training used")
-    for path in filter(None, (args.json, args.plot)):
-        check_writable(path)
+    for path, suffix in ((args.json, ".json"), (args.plot, ".png")):
+        if path:
+            claim_output(path, suffix, args.overwrite, inputs=[*args.checkpoints])
     pyplot = import_pyplot() if args.plot else None
     published = load_published(args.published) if args.published else {}
     for path in args.checkpoints:
         load_checkpoint(path)  # refuse a bad one before measuring the others
-    images = read_images(args)
+    images = images_of(args)
     pixels = sum(image.shape[0] * image.shape[1] for image in images)
     precision = ", bf16" if args.amp else ""
     print(f"images: {len(images)}, {pixels} pixels, {torch.get_num_threads()} threads{precision}")
@@ -192,7 +195,6 @@ def main():
         result["bd_rate_percent"], _ = bd_rate(anchor, points(result["levels"]))
     ours = {result["path"]: points(result["levels"]) for result in checkpoints}
     others = {name: points(rows) for name, rows in classical.items()} | published
-    show_bd_rates(ours, others)
 
     if args.json:
         result = {
@@ -201,11 +203,10 @@ def main():
             "checkpoints": checkpoints,
             "classical": classical,
         }
-        # JSON has no infinity, which is the PSNR of a lossless picture
-        finite = json.loads(json.dumps(result), parse_constant=lambda name: None)
-        write_bytes(args.json, json.dumps(finite, indent=1).encode())
+        write_bytes(args.json, json.dumps(result, indent=1, allow_nan=False).encode())
     if args.plot:
         plot(args.plot, pyplot, ours, others)
+    show_bd_rates(ours, others)
 
 
 if __name__ == "__main__":

@@ -7,19 +7,27 @@
 The last: the same steps with nothing removed, to compare with; it writes runs/control.pt.
 """
 
+import sys
+
 import torch
 
 from lic.codec.checkpoint import FLOAT_STAGES, load_checkpoint, save_checkpoint
 from lic.codec.structure import kmac_per_pixel, parameters
 from lic.codec.tables import build_tables
 from lic.files import run
-from lic.images import fixed_crops, load_images
+from lic.images import fixed_crops
 from lic.options import make_parser
 from lic.shrink.plan import load_plan
 from lic.shrink.pruning import best_cut
-from lic.train.loop import add_training_arguments, fit
+from lic.train.loop import (
+    HELD_OUT_CROPS,
+    add_training_arguments,
+    data_option,
+    fit,
+    images_for,
+)
 from lic.train.loss import mean_loss
-from lic.train.state import check_out
+from lic.train.state import check_out, parse_training_args
 
 
 def parse_args():
@@ -34,25 +42,26 @@ def parse_args():
                         "runs/control.pt by default")
     add_training_arguments(parser, steps=500, lr=1e-3, out="runs/pruned.pt")
     # fmt: on
-    parser.set_defaults(out=None)
-    args = parser.parse_args()
-    args.out = args.out or ("runs/control.pt" if args.control else "runs/pruned.pt")
-    return args
+    if "--control" in sys.argv:
+        parser.set_defaults(out="runs/control.pt")
+    return parse_training_args(parser)
 
 
 def main():
     args = parse_args()
     check_out(args)
     model, meta = load_checkpoint(args.checkpoint, stages=FLOAT_STAGES)
-    plan = None if args.control else load_plan(args.plan, meta["fingerprint"])
-    train, validation = load_images(args.data, args.crop)
-    held_out = fixed_crops(validation, 16, args.crop)  # (16, 3, crop, crop), or fewer
+    plan = None
+    if not args.control:
+        plan = load_plan(args.plan, meta["fingerprint"], model.config["widths"])
+    train, validation = images_for(args, meta)
+    held_out = fixed_crops(validation, HELD_OUT_CROPS, args.crop)  # (16, 3, crop, crop), or fewer
     metrics = {"held_out_J_before": mean_loss(model, held_out).tolist()}
 
     if plan:
         dense = model.config
         keep = {group: torch.tensor(kept) for group, kept in plan["keep"].items()}
-        model, J_cut = best_cut(model, keep, fixed_crops(train, 16, args.crop))
+        model, J_cut = best_cut(model, keep, fixed_crops(train, plan["crops"], plan["crop"]))
         print(
             "J of the cut, geometric mean over the levels:",
             *(f"{how} {J:.4f}" for how, J in J_cut.items()),
@@ -65,17 +74,18 @@ def main():
         metrics["held_out_J_cut"] = mean_loss(model, held_out).tolist()
         recorded = ("method", "importance", "target", "of", "alpha", "ratio", "widths", "sparsity")
         metrics["plan"] = {key: plan[key] for key in recorded} | {"J_cut": J_cut}
-    fit(model, train, held_out, args, origin=[meta["fingerprint"], plan and plan["keep"]])
+    steps = fit(model, train, held_out, args, origin=[meta["fingerprint"], plan and plan["keep"]])
     metrics["held_out_J_tuned"] = mean_loss(model, held_out).tolist()
 
     for name, J in metrics.items():
         if name != "plan":
             print(f"{name:20}", *(f"{v:.4f}" for v in J))
     stage = "control" if args.control else "prune"
-    save_checkpoint(
-        args.out, model, build_tables(model), stage, vars(args), args.steps, meta, metrics
-    )
-    print(f"wrote {args.out}")
+    save_checkpoint(args.out, model, build_tables(model), stage, vars(args), steps, meta, metrics)
+    following = f"quantize.py --checkpoint {args.out}{data_option(args)}"
+    if args.control:
+        following = f"evaluate.py {args.out} runs/pruned.pt"
+    print(f"wrote {args.out}; next: python {following}")
 
 
 if __name__ == "__main__":

@@ -15,13 +15,13 @@ from lic.codec.eight_bits import eight_bit_inputs, pixel_layers, quantize_layers
 from lic.codec.integer import freeze_h_s
 from lic.codec.tables import build_tables
 from lic.files import LicError, run
-from lic.images import fixed_crops, load_images
+from lic.images import fixed_crops
 from lic.options import make_parser, positive_whole_number
 from lic.shrink.quantization import equalize, input_scales
 from lic.shrink.rounding import patch_moments, round_weights
-from lic.train.loop import add_training_arguments, fit
+from lic.train.loop import HELD_OUT_CROPS, add_training_arguments, fit, images_for
 from lic.train.loss import mean_loss
-from lic.train.state import check_out
+from lic.train.state import check_out, parse_training_args
 
 
 def parse_args():
@@ -38,24 +38,25 @@ def parse_args():
                         "the pixels, g_s.conv4; without a name: none)")
     add_training_arguments(parser, steps=200, lr=1e-4, out="runs/quantized.pt")
     # fmt: on
-    return parser.parse_args()
+    return parse_training_args(parser)
 
 
 def main():
     args = parse_args()
     check_out(args)
     model, meta = load_checkpoint(args.checkpoint, stages=FLOAT_STAGES)
-    train, validation = load_images(args.data, args.crop)
+    train, validation = images_for(args, meta)
     calibration = fixed_crops(train, args.calibration, min(128, args.crop))
-    held_out = fixed_crops(validation, 16, args.crop)  # (16, 3, crop, crop), or fewer
+    held_out = fixed_crops(validation, HELD_OUT_CROPS, args.crop)  # (16, 3, crop, crop), or fewer
     metrics = {"held_out_J_float": mean_loss(model, held_out).tolist()}
 
     equalize(model, calibration)
     scales = input_scales(model, calibration)
     quantize_layers(model, scales, float_inputs=args.float_inputs)
     metrics["held_out_J_inputs"] = mean_loss(model, held_out).tolist()
+    steps = 0
     if args.steps:
-        fit(model, train, held_out, args, origin=[meta["fingerprint"], args.calibration])
+        steps = fit(model, train, held_out, args, origin=[meta["fingerprint"], args.calibration])
         metrics["held_out_J_tuned"] = mean_loss(model, held_out).tolist()
         for name, parameter in model.named_parameters():
             if name.endswith("input_scale") and parameter <= 0:
@@ -70,9 +71,9 @@ def main():
     for name, J in metrics.items():
         print(f"{name:18}", *(f"{v:.4f}" for v in J))
     save_checkpoint(
-        args.out, model, build_tables(model), "quantize", vars(args), args.steps, meta, metrics
+        args.out, model, build_tables(model), "quantize", vars(args), steps, meta, metrics
     )
-    print(f"wrote {args.out}")
+    print(f"wrote {args.out}; next: python evaluate.py {args.checkpoint} {args.out}")
 
 
 if __name__ == "__main__":

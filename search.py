@@ -13,8 +13,8 @@ import numpy as np
 
 from lic.codec.checkpoint import FLOAT_STAGES, load_checkpoint
 from lic.codec.structure import total_stride
-from lic.files import LicError, check_writable, run, warn_of_slow_bf16
-from lic.images import fixed_crops, load_images
+from lic.files import LicError, claim_output, run, warn_of_slow_bf16
+from lic.images import fixed_crops
 from lic.options import (
     make_parser,
     multiple_of,
@@ -27,6 +27,7 @@ from lic.shrink import search
 from lic.shrink.plan import load_plan, save_plan
 from lic.shrink.pruning import importance, most_important, narrow
 from lic.shrink.statistics import observe
+from lic.train.loop import add_image_arguments, data_option, images_for
 from lic.train.loss import mean_loss
 
 
@@ -35,7 +36,7 @@ def parse_args():
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("--checkpoint", default="runs/base.pt", help="codec to prune (default: runs/base.pt)")
-    add("--data", help="folder of images, searched recursively (default: synthetic images)")
+    add_image_arguments(parser)
     add("--target", type=share, default=0.5, help="share to remove, 0 to 1 (default: 0.5)")
     add("--of", choices=("params", "macs", "both"), default="params",
         help="what the target counts; both: the smaller share of the two (default: params)")
@@ -57,6 +58,7 @@ def parse_args():
         help=f"their side in pixels, a multiple of {total_stride()} (default: 256)")
     add("--amp", action="store_true", help="bf16 autocast: faster with AVX-512 bf16")
     add("--out", default="runs/plan.json", help="plan to write (default: runs/plan.json)")
+    add("--overwrite", action="store_true", help="replace OUT")
     # fmt: on
     return parser.parse_args()
 
@@ -100,13 +102,14 @@ class Cutter:
 
 def main():
     args = parse_args()
-    check_writable(args.out)
+    inputs = [name for name in (args.checkpoint, args.sensitivities) if name]
+    claim_output(args.out, ".json", args.overwrite, inputs)
     if args.amp:
         warn_of_slow_bf16()
     start = time.monotonic()
     model, meta = load_checkpoint(args.checkpoint, stages=FLOAT_STAGES)
     config = model.config
-    train, _ = load_images(args.data, args.crop)
+    train, _ = images_for(args, meta)
     x = fixed_crops(train, args.crops, args.crop)  # (crops, 3, crop, crop)
     cutter = Cutter(model, x, args.importance, args.amp)
 
@@ -143,6 +146,8 @@ def main():
             "of": args.of,
             "alpha": alpha,
             "ratio": ratio,
+            "crops": args.crops,
+            "crop": args.crop,
             "lambdas": model.lambdas,
             "widths": widths,
             "keep": {group: kept.tolist() for group, kept in cutter.kept(widths).items()},
@@ -171,6 +176,7 @@ def main():
             f"no plan removes {args.target:.1%} of {args.of} within {args.delta:.1%}; "
             f"the nearest removes {S:.1%}: {advice}"
         )
+    print(f"next: python prune.py --checkpoint {args.checkpoint} --plan {out}{data_option(args)}")
 
 
 if __name__ == "__main__":

@@ -12,12 +12,18 @@ from lic.codec.model import PRESETS, Codec, preset_config
 from lic.codec.structure import parameters
 from lic.codec.tables import build_tables
 from lic.files import LicError, run
-from lic.images import fixed_crops, load_images
+from lic.images import fixed_crops
 from lic.options import make_parser, positive_number
 from lic.shrink.plan import load_plan
-from lic.train.loop import add_training_arguments, fit
+from lic.train.loop import (
+    HELD_OUT_CROPS,
+    add_training_arguments,
+    data_option,
+    fit,
+    images_for,
+)
 from lic.train.loss import mean_loss
-from lic.train.state import check_out
+from lic.train.state import check_out, parse_training_args
 
 
 def parse_args():
@@ -34,7 +40,7 @@ def parse_args():
                        "widths, lambdas, weights and stage (default: none)")
     add_training_arguments(parser, steps=1000, lr=2e-3, out="runs/base.pt")
     # fmt: on
-    return parser.parse_args()
+    return parse_training_args(parser)
 
 
 def main():
@@ -44,9 +50,6 @@ def main():
     if args.lambdas and sorted(set(args.lambdas)) != args.lambdas:
         raise LicError(f"--lambdas {args.lambdas}: give them in rising order")
     check_out(args)
-    train, validation = load_images(args.data, args.crop)
-    held_out = fixed_crops(validation, 16, args.crop)  # (16, 3, crop, crop), or fewer
-
     torch.manual_seed(args.seed)
     parent, stage = None, "train"
     if args.checkpoint:
@@ -57,19 +60,18 @@ def main():
         model = Codec({key: plan[key] for key in ("widths", "lambdas")})
     else:
         model = Codec(preset_config(args.preset, args.lambdas))
+    train, validation = images_for(args, parent)
+    held_out = fixed_crops(validation, HELD_OUT_CROPS, args.crop)  # (16, 3, crop, crop), or fewer
     print(
-        f"{args.checkpoint or args.plan or args.preset}: {parameters(model.config):,} "
-        f"parameters, {len(train)} training images, {args.steps} steps of {args.batch} crops of "
-        f"{args.crop}x{args.crop}"
+        f"{args.checkpoint or args.plan or args.preset}: {parameters(model.config):,} parameters, "
+        f"{args.steps} steps of {args.batch} crops of {args.crop}x{args.crop}"
     )
-    fit(model, train, held_out, args, origin=parent and parent["fingerprint"])
+    steps = fit(model, train, held_out, args, origin=parent and parent["fingerprint"])
 
     metrics = {"held_out_J": mean_loss(model, held_out).tolist()}
     print("held_out_J", *(f"{v:.4f}" for v in metrics["held_out_J"]))
-    save_checkpoint(
-        args.out, model, build_tables(model), stage, vars(args), args.steps, parent, metrics
-    )
-    print(f"wrote {args.out}")
+    save_checkpoint(args.out, model, build_tables(model), stage, vars(args), steps, parent, metrics)
+    print(f"wrote {args.out}; next: python search.py --checkpoint {args.out}{data_option(args)}")
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ import json
 from pathlib import Path
 
 from lic import SHIPPED, load
-from lic.codec.header import MAX_PIXELS, SIZE, read_header
-from lic.files import BadStream, LicError, check_writable, read_bytes, run, write_bytes
+from lic.codec.header import SIZE, read_header
+from lic.files import MAX_PIXELS, BadStream, LicError, claim_output, read_bytes, run, write_bytes
 from lic.options import make_parser, positive_whole_number, whole_number
 
 
@@ -30,6 +30,8 @@ def parse_args():
         command.set_defaults(function=function)
         for argument in arguments:
             command.add_argument(argument)
+        if "output" in arguments:
+            command.add_argument("--overwrite", action="store_true", help="replace the output")
         return command
 
     both = ["input", "output"]
@@ -60,13 +62,6 @@ def parse_args():
     return parser.parse_args()
 
 
-def check_output(path, suffix):
-    """Refuse a name that is not this command's: `compress *.png` must not replace a photograph."""
-    if Path(path).suffix.lower() != suffix:
-        raise LicError(f"{path}: this command writes {suffix[1:]} files; end the name in {suffix}")
-    check_writable(path)
-
-
 def png_bytes(image):
     """(H, W, 3) uint8 as a PNG file."""
     from PIL import Image
@@ -80,8 +75,8 @@ def compress(args):
     from lic.images import read_image
     from lic.measure import bits_per_pixel
 
-    check_output(args.output, ".lic")
-    image = read_image(args.input)
+    claim_output(args.output, ".lic", args.overwrite, [args.input])
+    image = read_image(args.input, args.max_pixels)
     data = load(args.checkpoint, args.amp).encode(image, args.quality, args.max_pixels)
     write_bytes(args.output, data)
     size = f"{image.shape[1]}x{image.shape[0]}"
@@ -89,7 +84,7 @@ def compress(args):
 
 
 def decompress(args):
-    check_output(args.output, ".png")
+    claim_output(args.output, ".png", args.overwrite, [args.input])
     codec = load(args.checkpoint, args.amp)
     image = codec.decode(read_bytes(args.input), args.max_pixels)
     write_bytes(args.output, png_bytes(image))
@@ -141,13 +136,8 @@ def compare(args):
     from lic.measure import best_within, bits_per_pixel
     from lic.metrics import psnr
 
-    check_output(args.output, ".png")
-    if Path(args.output).exists():  # what reads like `compare original.png decoded.png`
-        raise LicError(
-            f"{args.output} exists; compare takes one image and writes another: "
-            "give the name of a new file"
-        )
-    image = read_image(args.input)
+    claim_output(args.output, ".png", args.overwrite, [args.input])
+    image = read_image(args.input, args.max_pixels)
     height, width = image.shape[:2]
     x, y = args.at or (max(0, (width - args.crop) // 2), max(0, (height - args.crop) // 2))
     if x >= width or y >= height:
@@ -182,7 +172,7 @@ def export(args):
     from lic.codec import checkpoint
     from lic.codec.eight_bits import pack
 
-    check_output(args.output, ".npz")
+    claim_output(args.output, ".npz", args.overwrite, [args.checkpoint])
     model, meta = checkpoint.load_checkpoint(args.checkpoint)
     arrays = {name: tensor.numpy() for name, tensor in pack(model.state_dict()).items()}
     for kind, tables in meta["tables"].items():
@@ -200,7 +190,7 @@ def halve(args):
     from lic.codec import checkpoint
     from lic.codec.tables import build_tables
 
-    check_output(args.output, ".pt")
+    claim_output(args.output, ".pt", args.overwrite, [args.input])
     model, meta = checkpoint.load_checkpoint(args.input, stages=checkpoint.FLOAT_STAGES)
     tables = build_tables(model.half().float())
     checkpoint.save_checkpoint(

@@ -1,7 +1,8 @@
 """The border to the operating system and the machine.
 
-Errors are one sentence, files are whole or not there at all, freed memory is kept. torch is
-imported where it is used: what needs none of it answers at once.
+Errors are one sentence, files are whole or not there at all, nothing is replaced that was not asked
+for, a log that cannot be written costs no result, freed memory is kept. torch is imported where it
+is used: what needs none of it answers at once.
 """
 
 import ctypes
@@ -12,6 +13,12 @@ import pickle
 import sys
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:  # Windows, where two runs are not told apart
+    fcntl = None
+
+MAX_PIXELS = 2**25  # of an image, unless told otherwise
 # what torch.load and the use of what it gave raise when a file is cut, damaged or something else
 UNREADABLE = (
     pickle.UnpicklingError,
@@ -71,14 +78,81 @@ def warn_of_slow_bf16():
 def run(main):
     """Call main(); a LicError is printed as a sentence, and its status is the exit status."""
     keep_freed_memory()
+    stdout, stderr = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = PatientLog(stdout), PatientLog(stderr)
     try:
         main()
     except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
         sys.exit(130)
     except LicError as error:
         sys.stdout.flush()
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.status)
+    finally:
+        sys.stdout.flush()
+        sys.stdout, sys.stderr = stdout, stderr
+        release_outputs()
+
+
+class PatientLog(io.TextIOBase):
+    """A stream that ends its own output, and nothing else, when it cannot be written to.
+
+    A closed pipe or a full disk behind the log must not cost the work. Characters that the
+    terminal's encoding lacks are written as escapes.
+    """
+
+    def __init__(self, stream):
+        self.stream, self.broken = stream, False
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+    def write(self, text):
+        self._attempt(lambda: self.stream.write(text))
+        return len(text)
+
+    def flush(self):
+        self._attempt(self.stream.flush)
+
+    def _attempt(self, action):
+        if self.broken:
+            return
+        try:
+            action()
+        except (OSError, ValueError):
+            self.broken = True
+            # what is still buffered would fail again when Python ends
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.stream.fileno())
+            os.close(nowhere)
+
+    def isatty(self):
+        return self.stream.isatty()
+
+    def fileno(self):
+        return self.stream.fileno()
+
+
+def claim_output(path, suffix, overwrite=False, inputs=()):
+    """Raise LicError unless this command may write the file `path`; other runs then may not.
+
+    The rule for every output of every command: the name ends in the suffix of its kind; what is
+    there is replaced only with --overwrite (an empty file is nothing), and never if it is one of
+    the inputs or no ordinary file. A link stands for what it names. Call it before hours of work.
+    """
+    if Path(path).suffix.lower() != suffix:
+        raise LicError(f"{path}: this command writes {suffix[1:]} files; end the name in {suffix}")
+    target = Path(os.path.realpath(path))
+    if target.exists():
+        if not target.is_file():
+            raise LicError(f"{path} is a folder or a device; give the name of a file to write")
+        for name in inputs:
+            if os.path.exists(name) and os.path.samefile(name, target):
+                raise LicError(f"{path} is what this command reads; choose another output")
+        if target.stat().st_size and not overwrite:
+            raise LicError(f"{path} exists; choose another output, or replace it by --overwrite")
+    check_writable(target)
+    hold(target)
 
 
 def check_writable(path):
@@ -93,8 +167,40 @@ def check_writable(path):
         raise LicError(
             f"cannot write to {path.parent}: {error.strerror}; choose another output"
         ) from error
-    if path.is_dir():
-        raise LicError(f"{path} is a folder; give the name of a file to write")
+
+
+HELD = {}  # {path of a lock file: the open file}
+
+
+def hold(path):
+    """Lock `path` against other runs until `release_outputs`, or the end of this process."""
+    lock = path.parent / f".{path.name}.lock"
+    if fcntl is None or lock in HELD:
+        return
+    while True:
+        file = open(lock, "w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.close()
+            raise LicError(
+                f"another run is writing {path}; wait for it, or choose another output"
+            ) from error
+        except OSError:  # a file system without locks
+            file.close()
+            lock.unlink(missing_ok=True)
+            return
+        if lock.exists() and os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+            break  # or else the other run has just removed it
+        file.close()
+    HELD[lock] = file
+
+
+def release_outputs():
+    while HELD:
+        lock, file = HELD.popitem()
+        lock.unlink(missing_ok=True)
+        file.close()
 
 
 def read_bytes(path):
@@ -119,8 +225,11 @@ def read_tensors(path, otherwise):
 
 
 def write_bytes(path, data):
-    """Write to a temporary name, then rename: a reader sees the old file or the new one."""
-    path = Path(path)
+    """Write to a temporary name, then rename: a reader sees the old file or the new one.
+
+    If `path` is a link, what it names is written.
+    """
+    path = Path(os.path.realpath(path))
     check_writable(path)
     temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
     try:
@@ -130,7 +239,10 @@ def write_bytes(path, data):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise LicError(f"cannot write {path}: {error.strerror}") from error
+        raise LicError(
+            f"cannot write {path}: {error.strerror}; what was there before is kept. Make room and "
+            "run the command again, a stage that has trained with --resume"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 

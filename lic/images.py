@@ -1,72 +1,210 @@
 """Photographs in, crops out; and "dead leaves" where there are no photographs.
 
-An image is a NumPy array (H, W, 3), uint8, RGB. Photographs are decoded once and cropped
-from memory. Every 16th file of a sorted folder is held out for validation.
+An image is a NumPy array (H, W, 3), uint8, RGB. Photographs are decoded once and cropped from
+memory. One in sixteen is held out for validation: which, its pixels decide, so that a photograph is
+on the same side for ever, whatever else is in its folder.
 
 Dead leaves: overlapping textured discs whose radii follow a power law have the scale
 invariance and the edges of natural images (Lee, Mumford, Huang, "Occlusion models for
 natural images", IJCV 2001).
 """
 
+import hashlib
+import os
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, PngImagePlugin
 
-from lic.files import LicError
+from lic.files import MAX_PIXELS, LicError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".avif"}
-HELD_OUT = 16
-BITS_PER_SAMPLE = 258  # a TIFF tag
+HELD_OUT = 16  # one image in so many
+BITS_PER_SAMPLE, ORIENTATION = 258, 274  # TIFF and EXIF tags
+TURNS = {  # EXIF orientation: what shows the picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
-def read_image(path):
+def read_image(path, max_pixels=MAX_PIXELS):
     """(H, W, 3) uint8 RGB of any file that Pillow opens; raises LicError naming the file.
 
-    Turned as EXIF says; 16 bits are scaled to 8, not clipped (grey rounded here, colour truncated
-    by Pillow); transparency is composited on white; CMYK is converted without a colour profile; of
-    an animation, the first frame. Floating-point and 32-bit images have no known white and are
-    refused, and so are TIFFs of 12 bits and 16-bit grey with transparency, which Pillow does not
-    tell apart from plain 16-bit grey.
+    Turned as EXIF says, if it says so legibly; 16 bits are scaled to 8, not clipped (grey rounded
+    here, colour truncated by Pillow); transparency is composited on white; CMYK is converted
+    without a colour profile; of an animation, the first frame. Metadata never matter.
+
+    Refused is what has no known white or what Pillow does not tell apart from something else:
+    floating-point and 32-bit pixels, TIFFs of 12 bits, 16 bits with a transparent colour; what has
+    more than max_pixels; and what is cut off, even if by its end marker alone, since that does
+    not tell whether pixels are missing, too.
     """
     try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-            if image.mode.startswith("I;16") or (image.mode == "I" and file.format == "PPM"):
-                # 16-bit grey, which convert("RGB") would clip to white
-                if image.has_transparency_data:
-                    raise ValueError("16-bit grey with transparency; convert it to 8 bits first")
-                if file.format == "TIFF" and file.tag_v2.get(BITS_PER_SAMPLE, (16,)) != (16,):
-                    raise ValueError("neither 8 nor 16 bits a sample; convert it first")
-                grey = np.rint(np.asarray(image, dtype=np.float64) / 257).astype(np.uint8)
-                return np.repeat(grey[:, :, None], 3, axis=2)
-            if image.mode in ("I", "F"):
-                raise ValueError("32-bit or floating-point pixels; convert it to 8 or 16 bits")
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                white = Image.new("RGBA", image.size, "white")
-                image = Image.alpha_composite(white, image)
-            return np.array(image.convert("RGB"))  # a copy, which torch may share
-    except (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError) as error:
+        # an open file: given a path, Pillow maps some TIFFs into memory in the wrong shape
+        with pillow_limits(), open(path, "rb") as data, Image.open(data) as file:
+            width, height = file.size
+            if width * height > max_pixels:
+                raise ValueError(
+                    f"{width}x{height} pixels, more than the limit of {max_pixels}; "
+                    "see --max-pixels"
+                )
+            file.load()
+            image = turned(file)
+            if file.format == "PNG":
+                image = with_transparent_colour(image, file, bits=png_bits(data))
+            return to_rgb(image, file)
+    except MemoryError as error:
+        raise LicError(f"cannot read {path} as an image: not enough memory") from error
+    except Exception as error:  # whatever a decoder raises, the file is to blame
         raise LicError(f"cannot read {path} as an image: {error}") from error
 
 
+@contextmanager
+def pillow_limits():
+    """Within it Pillow has no limit of its own on pixels, and one of 64 MiB on a PNG's texts."""
+    before = Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK
+    Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK = None, 2**26
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK = before
+
+
+def turned(file):
+    """The picture upright. An orientation that cannot be read is none: so do viewers."""
+    try:
+        orientation = file.getexif().get(ORIENTATION)
+    except Exception:
+        orientation = None
+    turn = TURNS.get(orientation) if isinstance(orientation, int) else None
+    return file.copy() if turn is None else file.transpose(turn)
+
+
+def png_bits(data):
+    """Bits a sample of an open PNG file, from its header."""
+    data.seek(24)
+    return data.read(1)[0]
+
+
+def with_transparent_colour(image, file, bits):
+    """Mend what Pillow makes of a transparent colour (tRNS) in a PNG that has not 8 bits a sample.
+
+    It scales grey of 1, 2 and 4 bits to 8, but not that colour; of 16 bits it keeps the upper 8.
+    """
+    colour = file.info.get("transparency")
+    if colour is None or bits == 8 or image.mode not in ("1", "L", "RGB"):
+        return image
+    if bits == 16:
+        raise ValueError("16 bits with a transparent colour; convert it to 8 bits first")
+    image = image.convert("L")
+    image.info["transparency"] = colour * 255 // (2**bits - 1)
+    return image
+
+
+def to_rgb(image, file):
+    """(H, W, 3) uint8 of `image`, which was opened as `file` and may have been changed since."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and file.format == "PPM"):
+        # 16-bit grey, which convert("RGB") would clip to white
+        if image.has_transparency_data:
+            raise ValueError("16-bit grey with transparency; convert it to 8 bits first")
+        if file.format == "TIFF" and file.tag_v2.get(BITS_PER_SAMPLE, (16,)) != (16,):
+            raise ValueError("neither 8 nor 16 bits a sample; convert it first")
+        grey = np.rint(np.asarray(image, dtype=np.float64) / 257).astype(np.uint8)
+        return np.repeat(grey[:, :, None], 3, axis=2)
+    if image.mode in ("I", "F"):
+        raise ValueError("32-bit or floating-point pixels; convert it to 8 or 16 bits")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return np.array(image.convert("RGB"))  # a copy, which torch may share
+
+
 def find_images(folder):
-    """Sorted paths of the images anywhere below `folder`; raises LicError if there is none."""
-    folder = Path(folder)
-    if not folder.is_dir():
+    """Sorted paths of the images anywhere below `folder`; raises LicError if there is none.
+
+    Hidden files and folders are left out; linked folders are followed, each once. What else is
+    left out is counted in a printed line.
+    """
+    if not str(folder):
+        raise LicError("--data is empty; give a folder of images")
+    if not os.path.isdir(folder):
         raise LicError(f"{folder} is not a folder; --data takes a folder of images")
-    paths = []
-    for path in folder.rglob("*"):
-        hidden = path.name.startswith(".")  # macOS puts a ._name.png beside name.png
-        if path.suffix.lower() in SUFFIXES and path.is_file() and not hidden:
-            paths.append(path)
-    # upper case first also on Windows: the same images are held out everywhere
-    paths.sort(key=lambda path: path.parts)
+    paths, left_out, visited = [], {}, set()
+
+    def leave_out(what):
+        left_out[what] = left_out.get(what, 0) + 1
+
+    # links are followed, and a loop of them is not
+    for parent, folders, names in os.walk(
+        folder, followlinks=True, onerror=lambda error: leave_out("unreadable folders")
+    ):
+        here = os.path.realpath(parent)
+        if here in visited:
+            folders.clear()
+            continue
+        visited.add(here)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            path = Path(parent, name)
+            if name.startswith("."):  # macOS puts a ._name.png beside name.png
+                continue
+            if path.suffix.lower() in SUFFIXES and path.is_file():
+                paths.append(path)
+            else:
+                leave_out(path.suffix.lower() or "files without a suffix")
+    if left_out:
+        counts = (f"{count} {what}" for what, count in sorted(left_out.items()))
+        print(f"left out below {folder}: {', '.join(counts)}")
     if not paths:
         raise LicError(f"no images below {folder}; looked for {' '.join(sorted(SUFFIXES))}")
-    return paths
+    # upper case first also on Windows: the same order everywhere
+    return sorted(paths, key=lambda path: path.parts)
+
+
+def read_images(paths, crop=0):
+    """The images; raises LicError that names all those that cannot be read or hold no crop."""
+    images, faults = [], []
+    for path in paths:
+        try:
+            image = read_image(path)
+            height, width = image.shape[:2]
+            if min(height, width) < crop:
+                raise LicError(f"{path} is {width}x{height}, smaller than the crop of {crop}")
+            images.append(image)
+        except LicError as error:
+            faults.append(str(error))
+    if faults:
+        more = f"; and {len(faults) - 20} more" if len(faults) > 20 else ""
+        raise LicError("; ".join(faults[:20]) + more + ": leave such images out")
+    return images
+
+
+def digest(image):
+    """SHA-256 of an image's size and pixels, bytes."""
+    return hashlib.sha256(str(image.shape).encode() + image.tobytes()).digest()
+
+
+def split(images):
+    """Training and validation images, two lists.
+
+    One in sixteen is held out, by its digest; if that is none, the one with the least digest. A
+    single image is both.
+    """
+    digests = [digest(image) for image in images]
+    held_out = [d[0] % HELD_OUT == 0 for d in digests]
+    if not any(held_out):
+        held_out[digests.index(min(digests))] = True
+    train = [image for image, held in zip(images, held_out) if not held]
+    validation = [image for image, held in zip(images, held_out) if held]
+    return train or validation, validation
 
 
 def dead_leaves(seed, size=256):
@@ -92,27 +230,23 @@ def dead_leaves(seed, size=256):
     return np.rint(image.clip(0, 255)).astype(np.uint8)
 
 
-def load_images(data, crop):
+def load_images(data, crop, validation=None):
     """Training and validation images: two lists of (H, W, 3) uint8.
 
-    data: a folder, or None for 24 synthetic images. Every image must hold a crop x crop square.
+    data: a folder, or None for 24 synthetic images, two of them for validation. validation: another
+    folder, which then is held out in the place of one image in sixteen. Every image must hold a
+    crop x crop square.
     """
     if data is None:
         images = [dead_leaves(seed) for seed in range(24)]
-        names = [f"synthetic image {seed}" for seed in range(24)]
-    else:
-        names = find_images(data)
-        images = [read_image(path) for path in names]
-    for name, image in zip(names, images):
-        if min(image.shape[:2]) < crop:
-            height, width = image.shape[:2]
-            raise LicError(
-                f"{name} is {width}x{height}, smaller than the crop of {crop}; "
-                "crop less, or leave such images out"
-            )
-    validation = images[::HELD_OUT]
-    train = [image for i, image in enumerate(images) if i % HELD_OUT]
-    return train or validation, validation
+        if crop > images[0].shape[0]:
+            raise LicError(f"--crop {crop}: the synthetic images have 256 pixels a side")
+        held_out = images[::HELD_OUT]
+        return [image for i, image in enumerate(images) if i % HELD_OUT], held_out
+    images = read_images(find_images(data), crop)
+    if validation is None:
+        return split(images)
+    return images, read_images(find_images(validation), crop)
 
 
 def to_tensor(images):
@@ -138,11 +272,13 @@ def random_crops(images, batch, crop, rng):
 def fixed_crops(images, count, crop):
     """Centre squares of count images spread over the list: (count, 3, crop, crop), or fewer.
 
-    The same at every call, at most one an image.
+    The same at every call, at most one an image. Raises LicError for an image that holds none.
     """
     crops = []
     for index in np.linspace(0, len(images) - 1, min(count, len(images))).astype(int):
         image = images[index]
+        if min(image.shape[:2]) < crop:
+            raise LicError(f"an image has less than {crop} pixels a side; leave such images out")
         top, left = (image.shape[0] - crop) // 2, (image.shape[1] - crop) // 2
         crops.append(image[top : top + crop, left : left + crop])
     return to_tensor(crops)

@@ -20,6 +20,7 @@ CLASSICAL = {  # name: (Pillow format, feature to ask for, qualities)
     "webp": ("WEBP", "webp", (1, 5, 15, 30, 50, 70, 85)),
     "avif": ("AVIF", "avif", (15, 30, 40, 50, 60, 75)),
 }
+LOSSLESS = 100.0  # dB, instead of infinity, for a picture that comes back exactly
 ALIVE = 0.001  # bits a position that a channel of y or z must carry to count as alive
 
 
@@ -51,7 +52,7 @@ def measure_image(coder, image, level, path):
     end = time.perf_counter()
     return {
         "bpp": bits_per_pixel(path.stat().st_size, image),
-        "psnr": psnr(image, decoded),
+        "psnr": min(psnr(image, decoded), LOSSLESS),
         "ms_ssim": ms_ssim(image, decoded),
         "encode_seconds": encoded - start,
         "decode_seconds": end - reading,
@@ -151,7 +152,7 @@ def measure_quality(images, form, quality):
         rows.append(
             {
                 "bpp": bits_per_pixel(len(data), image),
-                "psnr": psnr(image, decoded),
+                "psnr": min(psnr(image, decoded), LOSSLESS),
                 "ms_ssim": ms_ssim(image, decoded),
             }
         )

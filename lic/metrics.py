@@ -90,6 +90,17 @@ def _pchip_integral(x, y, low, high):
     return total
 
 
+def shared_range(anchor, test):
+    """Lowest and highest quality that both curves reach, and its share of the shorter curve's."""
+    ranges = []
+    for points in (anchor, test):
+        quality = [q for _, q in points]
+        ranges.append((min(quality), max(quality)))
+    low, high = max(r[0] for r in ranges), min(r[1] for r in ranges)
+    shorter = min(r[1] - r[0] for r in ranges)
+    return low, high, (high - low) / shorter
+
+
 def bd_rate(anchor, test, names=("the first curve", "the second curve")):
     """Bjøntegaard delta rate in percent: how much more rate `test` needs at equal quality.
 

@@ -354,7 +354,8 @@ def test_bad_input_is_one_sentence_and_status_2(
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.chdir(tmp_path)
     if not any("--out" in a for a in arguments) and arguments[0] != "evaluate.py":
-        arguments = [*arguments, "--out", "{tmp}/out"]
+        suffix = "json" if arguments[0] == "search.py" else "pt"
+        arguments = [*arguments, "--out", f"{{tmp}}/out.{suffix}"]
     status = run_script(monkeypatch, *(a.format(tmp=tmp_path, photos=photos) for a in arguments))
     error = capsys.readouterr().err
     assert status == 2 and sentence in error and error.count("\n") == 1
@@ -400,6 +401,7 @@ def test_amp_on_a_cpu_without_fast_bf16_is_warned_of_once(
     compress = [
         "lic/__main__.py",
         "compress",
+        "--overwrite",
         golden / "pixel.png",
         tmp_path / "a.lic",
         "--quality",

@@ -75,7 +75,9 @@ def test_numpy_decoder_rounds_no_float_input(tmp_path):
         tables := build_tables(model),
         save_checkpoint(tmp_path / "q.pt", model, tables, "quantize", {}, 0),
     )
-    export(argparse.Namespace(checkpoint=tmp_path / "q.pt", output=str(tmp_path / "q.npz")))
+    export(
+        argparse.Namespace(checkpoint=tmp_path / "q.pt", output=tmp_path / "q.npz", overwrite=False)
+    )
     data = image_coder.encode(dead_leaves(5, 64), 2)
     decoder = Decoder(dict(np.load(tmp_path / "q.npz")))
     difference = lambda: np.abs(
@@ -183,7 +185,7 @@ def test_compare_puts_four_crops_side_by_side(tmp_path, monkeypatch, capsys):
     assert np.array_equal(beside[:, :64], read_image(FOLDER / "leaves.png")[5:69, 3:67])
     capsys.readouterr()
     assert run_script(monkeypatch, *compare) == 2  # an existing picture may be another photograph
-    assert "give the name of a new file" in capsys.readouterr().err and np.array_equal(
+    assert "replace it by --overwrite" in capsys.readouterr().err and np.array_equal(
         read_image(output), beside
     )
 

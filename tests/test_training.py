@@ -137,7 +137,7 @@ def test_a_run_is_prolonged_only_before_its_rate_declines(tmp_path):
     optimizer, path = Optimizer(model), tmp_path / "a.state"
 
     def resumed(done, steps, **changed):
-        save_state(path, model, optimizer, done, {"steps": 20_000, "lr": 0.1})
+        save_state(path, model, optimizer, done, {"steps": 20_000, "lr": 0.1}, {})
         return load_state(path, model, optimizer, {"steps": steps, "lr": 0.1} | changed)
 
     assert (
@@ -151,7 +151,7 @@ def test_a_run_is_prolonged_only_before_its_rate_declines(tmp_path):
     for done, steps in ((6_667, 50_000), (6_666, 19_990), (100, 10_000)):
         with pytest.raises(LicError, match="--steps can change only"):
             resumed(done, steps)
-    with pytest.raises(LicError, match="made with another lr"):
+    with pytest.raises(LicError, match="lr was 0.1, is 0.2"):
         resumed(6_666, 50_000, lr=0.2)
 
 

@@ -16,9 +16,9 @@ import torch
 from torch.nn import functional as F
 
 from lic.codec import checkpoint, coder, fast, structure
-from lic.codec.header import MAX_PIXELS, SIZE, Header, crc_of_symbols, pack_file, read_header
+from lic.codec.header import SIZE, Header, crc_of_symbols, pack_file, read_header
 from lic.codec.integer import MAX_SYMBOL, IntegerHyperSynthesis
-from lic.files import BadStream, LicError, warn_of_slow_bf16
+from lic.files import MAX_PIXELS, BadStream, LicError, warn_of_slow_bf16
 from lic.images import to_tensor
 
 

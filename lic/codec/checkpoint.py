@@ -45,8 +45,10 @@ def save_checkpoint(path, model, tables, stage, arguments, steps, parent=None, m
 
     tables: from tables.build_tables. arguments: a plain dict, recorded in the lineage; of "data",
     a folder, only the name, and None stands for the synthetic images. parent: the meta of the
-    checkpoint that this one was made from. metrics: plain numbers.
+    checkpoint that this one was made from. metrics: plain numbers. Raises LicError if a weight or
+    a figure is not finite.
     """
+    check_finite(model.state_dict(), metrics or {})
     state_dict = {}
     for name, tensor in model.state_dict().items():
         state_dict[name] = tensor.detach().cpu().contiguous().clone()
@@ -58,7 +60,7 @@ def save_checkpoint(path, model, tables, stage, arguments, steps, parent=None, m
         data = Path(arguments["data"] or "dead leaves").name
     entry = {
         "stage": stage,
-        "arguments": {key: value for key, value in arguments.items() if key != "data"},
+        "arguments": {k: v for k, v in arguments.items() if k not in ("data", "validation")},
         "steps": steps,
         "data": data,
         "parent": parent["fingerprint"] if parent else None,
@@ -77,6 +79,17 @@ def save_checkpoint(path, model, tables, stage, arguments, steps, parent=None, m
     }
     write_tensors(path, checkpoint)
     return checkpoint["fingerprint"]
+
+
+def check_finite(state_dict, metrics):
+    """Raise LicError for weights or figures that no later stage could use."""
+    for name, tensor in state_dict.items():
+        if not torch.isfinite(tensor).all():
+            raise LicError(f"{name} is not finite: the training has failed; use a smaller --lr")
+    try:
+        json.dumps(metrics, allow_nan=False)
+    except ValueError as error:
+        raise LicError("J is not finite: the training has failed; use a smaller --lr") from error
 
 
 def tensors_of(table):

@@ -9,6 +9,7 @@ exact everywhere, in none.
 """
 
 import functools
+import sys
 from collections import OrderedDict
 
 import torch
@@ -115,12 +116,23 @@ class LastConvolution(nn.Module):
 def speed_up(coder):
     """Replace the networks of an ImageCoder by their faster forms; its model stays as it is."""
     coder.g_a, coder.h_a, coder.g_s = map(faster, (coder.g_a, coder.h_a, coder.g_s))
-    if coder.model.quantization and available():
+    if coder.model.quantization and not available():
+        tell_of_simulation()
+    elif coder.model.quantization:
         layers = zip(coder.h_s.layers, h_s_layers(coder.model.h_s))
         for k, (exact, layer) in enumerate(layers):
             if layer.input_range == WIDE:
                 quick = Int8IntegerConvolution(exact, layer)
                 coder.h_s.layers[k] = quick if quick.largest_sum <= 2**24 else exact
+
+
+@functools.cache
+def tell_of_simulation():
+    print(
+        "note: torch has no exact int8 convolution on this CPU; 8 bits are simulated, "
+        "with the same symbols in every file, and no faster than float",
+        file=sys.stderr,
+    )
 
 
 def faster(network):

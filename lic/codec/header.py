@@ -13,7 +13,6 @@ MAGIC, VERSION = b"LIC\x89", 2
 # magic, version, quality, height, width, fingerprint, words of z and y, escapes of z and y
 FIELDS = struct.Struct("<4sBHII8s4I")
 CHECKSUMS = struct.Struct("<II")  # of FIELDS and the symbols; of the file but for this last number
-MAX_PIXELS = 2**25  # of an image after padding, unless told otherwise
 SIZE = FIELDS.size + CHECKSUMS.size  # 47 bytes
 
 

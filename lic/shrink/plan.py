@@ -1,39 +1,62 @@
 """plan.json: what search.py found and prune.py cuts by. A dict of plain values:
 
-"baseline"      fingerprint of the codec that it was made for
-"keep"          {group: [rising indices]}, "widths" {group: how many these are}
-"sensitivity"   {group: {width: zeta}}, or null; "alpha", or null; "ratio", or null
-"method", "importance", "target", "of": what was asked for; "sparsity": what came of it
-"lambdas", and J a level of the dense codec, of the cut with and without fold
+    "baseline"      fingerprint of the codec that it was made for
+    "keep"          {group: [rising indices]}; "widths": {group: how many these are}
+    "sensitivity"   {group: {width: zeta}}, or null; "alpha", or null; "ratio", or null
+    "method", "importance", "target", "of": what was asked for; "sparsity": what came of it
+    "crops", "crop" how many crops of which side it was measured on; prune.py cuts with the same
+    "lambdas"; "J", "J_zeros", "J_folded": J a level, dense, cut, and cut and folded
+
+Whoever reads one checks it first: `load_plan`.
 """
 
 import json
+import math
 
 from lic.codec import structure
-from lic.files import LicError, read_bytes, write_bytes
+from lic.files import UNREADABLE, LicError, read_bytes, write_bytes
 
 FORMAT = "lic plan"
 KEYS = ["method", "importance", "target", "of", "alpha", "ratio", "lambdas"]
-KEYS += ["sparsity", "sensitivity"]  # and those that load_plan looks into
+KEYS += ["sparsity", "sensitivity"]  # and those that is_plan looks into
 
 
 def save_plan(path, plan):
-    write_bytes(path, json.dumps({"format": FORMAT} | plan, indent=1).encode())
+    """plan: as above. Raises LicError if a figure in it is not finite."""
+    try:
+        text = json.dumps({"format": FORMAT} | plan, indent=1, allow_nan=False)
+    except ValueError as error:
+        raise LicError("J is not finite: the weights of this codec are not usable") from error
+    write_bytes(path, text.encode())
 
 
-def load_plan(path, baseline=None):
+def is_plan(plan):
+    """Does it have what a plan has, and does that make sense? Raises UNREADABLE or says False."""
+    if plan["format"] != FORMAT or not isinstance(plan["baseline"], str):
+        return False
+    lambdas = plan["lambdas"]
+    if not lambdas or lambdas != sorted(set(lambdas)) or not 0 < lambdas[0] < math.inf:
+        return False
+    for group in structure.groups():
+        keep = plan["keep"][group]
+        if any(type(index) is not int for index in keep):
+            return False
+        if keep != sorted(set(keep)) or keep[0] < 0 or len(keep) != plan["widths"][group]:
+            return False
+    counts = plan["crops"], plan["crop"]
+    return plan.keys() >= set(KEYS) and all(type(n) is int and n > 0 for n in counts)
+
+
+def load_plan(path, baseline=None, widths=None):
     """What `save_plan` wrote.
 
-    baseline: fingerprint of the checkpoint that it must have been made for. Raises LicError for
-    anything else.
+    baseline, widths: fingerprint and {group: channels} of the codec that it must have been made
+    for. Raises LicError for anything else.
     """
     try:
         plan = json.loads(read_bytes(path))
-        complete = plan["format"] == FORMAT and isinstance(plan["baseline"], str)
-        complete = complete and plan.keys() >= set(KEYS)
-        for group in structure.groups():
-            complete = complete and len(plan["keep"][group]) == plan["widths"][group] > 0
-    except (ValueError, KeyError, TypeError, AttributeError):
+        complete = is_plan(plan)
+    except UNREADABLE:
         complete = False
     if not complete:
         raise LicError(f"{path} is not a plan that search.py wrote")
@@ -42,4 +65,7 @@ def load_plan(path, baseline=None):
             f"{path} was made for checkpoint {plan['baseline'][:16]}, this one is {baseline[:16]}; "
             "run search.py on it"
         )
+    for group, width in (widths or {}).items():
+        if plan["keep"][group][-1] >= width:
+            raise LicError(f"{path} keeps channels of {group} that the checkpoint does not have")
     return plan

@@ -5,6 +5,7 @@ arXiv:2007.08739); one optimizer, no auxiliary loss. `--resume` goes on as if ne
 last bit on a CPU with as many threads (a GPU adds up in no fixed order): state.py.
 """
 
+import hashlib
 import signal
 import time
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ import torch
 
 from lic.codec import structure
 from lic.files import LicError, warn_of_slow_bf16
-from lic.images import random_crops
+from lic.images import digest, load_images, random_crops
 from lic.options import multiple_of, positive_number, positive_whole_number, whole_number
 from lic.train.loss import level_weights, mean_loss, rate_distortion
 from lic.train.optimizer import Optimizer
@@ -26,6 +27,9 @@ from lic.train.state import load_state, save_state
 RECIPE = "Muon in float32 and Adam, leaky ReLU, decline over two thirds"
 
 
+HELD_OUT_CROPS = 16  # of other images, on which J is reported
+
+
 class Interrupted(LicError):
     status = 130
 
@@ -34,7 +38,10 @@ def add_training_arguments(parser, steps, lr, out):
     """The options of a stage that trains; steps, lr and out are that stage's defaults."""
     # fmt: off
     add, stride = parser.add_argument, structure.total_stride()
-    add("--data", help="folder of images, searched recursively (default: synthetic images)")
+    add_image_arguments(parser)
+    add("--validation",
+        help="folder of images to hold out (default: one in sixteen of those to train on, by its "
+        "content)")
     add("--steps", type=whole_number, default=steps, help=f"training steps (default: {steps})")
     add("--batch", type=positive_whole_number, default=8, help="crops a step (default: 8)")
     add("--crop", type=multiple_of(stride), default=128,
@@ -50,8 +57,44 @@ def add_training_arguments(parser, steps, lr, out):
         help="steps between saves (default: 1000)")
     add("--out", default=out, help=f"checkpoint to write (default: {out})")
     add("--resume", action="store_true",
-        help="go on from OUT.state, with as many threads exactly as if never stopped")
+        help="go on from OUT.state, with as many threads exactly as if never stopped; options that "
+        "are not given are as they were; the rate may be smaller")
+    add("--finish", action="store_true",
+        help="once resumed, take no more steps: write the checkpoint")
+    add("--overwrite", action="store_true", help="replace OUT, and a stopped run's OUT.state")
     # fmt: on
+
+
+def add_image_arguments(parser):
+    """The options of a stage that looks at images, for `images_for`."""
+    parser.add_argument("--data",
+        help="folder of images, searched recursively (default: synthetic images)")  # fmt: skip
+    parser.add_argument("--synthetic", action="store_true",
+        help="synthetic images, even for a codec of photographs")  # fmt: skip
+
+
+def images_for(args, parent=None):
+    """Training and validation images, two lists; prints what they are.
+
+    parent: meta of the checkpoint that the stage goes on from. Raises LicError if that one was
+    trained on photographs and none are given: to forget --data would spoil it.
+    """
+    lineage = parent["lineage"] if parent else []
+    photographs = {entry["data"] for entry in lineage} - {None, "dead leaves"}
+    if args.data is None and photographs and not args.synthetic:
+        raise LicError(
+            f"{args.checkpoint} was trained on photographs ({', '.join(sorted(photographs))}); "
+            "give such with --data, or ask for --synthetic"
+        )
+    train, validation = load_images(args.data, args.crop, getattr(args, "validation", None))
+    source = args.data or "made here, synthetic"
+    print(f"images: {len(train)} to train, {len(validation)} to validate ({source})")
+    return train, validation
+
+
+def data_option(args):
+    """How the next stage's command goes on after its checkpoint."""
+    return f" --data {args.data}" if args.data else " --synthetic" if args.synthetic else ""
 
 
 def run_settings(model, train, args, origin):
@@ -59,7 +102,7 @@ def run_settings(model, train, args, origin):
     return {
         **{key: vars(args)[key] for key in ("steps", "batch", "crop", "lr", "amp", "seed")},
         "data": args.data and Path(args.data).name,  # photos, photos/ and ../photos are the same
-        "images": [len(train), sum(image.size for image in train)],  # another would shift all crops
+        "images": hashlib.sha256(b"".join(map(digest, train))).hexdigest(),
         "config": model.config,
         "quantization": model.quantization,
         "origin": origin,
@@ -73,8 +116,8 @@ def fit(model, train, held_out, args, origin=None):
     train: list of (H, W, 3) uint8; held_out: (B, 3, H, W), whose J is printed at each save;
     origin: what else the weights at step 0 came from, plain values, so that --resume notices
     another. Saves to OUT.state at intervals and on Ctrl-C or SIGTERM, then raises Interrupted.
-    Raises LicError at the first gradient that is not finite. --resume takes another args.steps if
-    the warm-up is the same and the decline of the learning rate has not begun.
+    Raises LicError at the first gradient that is not finite. Returns the number of steps done:
+    args.steps, or fewer with --finish.
     """
     if args.device == "cuda" and not torch.cuda.is_available():
         raise LicError("--device cuda: this torch sees no GPU; leave the option out")
@@ -92,9 +135,10 @@ def fit(model, train, held_out, args, origin=None):
     first = load_state(state_path, model, optimizer, settings) if args.resume else 0
     lambdas = torch.tensor(model.lambdas, device=args.device)
     weights = level_weights(model.lambdas).to(args.device)
-    progress = Progress(first, args.steps)
+    last = first if args.finish else args.steps
+    progress = Progress(args.steps)
     with signals_kept() as interrupted:
-        for step in range(first, args.steps):
+        for step in range(first, last):
             rng = np.random.default_rng([args.seed, step])
             torch.manual_seed(int(rng.integers(2**63)))  # the noise
             x = random_crops(photographs, args.batch, args.crop, rng)  # (B, 3, crop, crop)
@@ -111,8 +155,7 @@ def fit(model, train, held_out, args, origin=None):
             if not torch.isfinite(norm):  # the weights are spoilt, the last save is not
                 raise LicError(
                     f"at step {step} the loss is {loss.item()} and its gradient's norm "
-                    f"{norm.item()}; remove {state_path}, if it is there, and start again with a "
-                    "smaller --lr"
+                    f"{norm.item()}; {remedy_for_spoilt_weights(state_path)}"
                 )
             with torch.no_grad():
                 psnr = -10 * torch.log10(mse)
@@ -121,14 +164,26 @@ def fit(model, train, held_out, args, origin=None):
                 )
             done = step + 1
             if interrupted or done == args.steps or done % args.save_every == 0:
-                save_state(state_path, model, optimizer, done, settings)
                 J = mean_loss(model, held_out, args.amp)
+                if not J.isfinite().all():  # nor do these weights replace the last save
+                    raise LicError(
+                        f"after step {done} held-out J is not finite; "
+                        f"{remedy_for_spoilt_weights(state_path)}"
+                    )
+                save_state(state_path, model, optimizer, done, settings, vars(args))
                 print(
                     f"saved {state_path}  held-out J a level:", *(f"{v:.4f}" for v in J), flush=True
                 )
             if interrupted:
                 raise Interrupted(f"interrupted after step {done}; go on with --resume")
     model.to("cpu").eval()
+    return last
+
+
+def remedy_for_spoilt_weights(state_path):
+    if Path(state_path).exists():
+        return f"go on from {state_path} with --resume and a smaller --lr"
+    return "start again with a smaller --lr"
 
 
 @contextmanager
@@ -148,11 +203,13 @@ def signals_kept():
 
 
 class Progress:
-    """Averages what a loop reports and prints it about every ten seconds, with the time left."""
+    """Averages what a loop reports and prints it about every ten seconds.
 
-    def __init__(self, first, steps):
-        self.first, self.steps = first, steps
-        self.start = self.printed = time.monotonic()
+    With the time left at the pace since the line before.
+    """
+
+    def __init__(self, steps):
+        self.steps, self.printed = steps, time.monotonic()
         self.sums, self.count = {}, 0
 
     def update(self, step, **figures):
@@ -163,7 +220,7 @@ class Progress:
         now = time.monotonic()
         if step < self.steps and now - self.printed < 10:
             return
-        pace = (now - self.start) / (step - self.first)
+        pace = (now - self.printed) / self.count
         minutes, seconds = divmod(int(pace * (self.steps - step)), 60)
         means = {name: float(total) / self.count for name, total in self.sums.items()}
         text = "  ".join(f"{name} {mean:.4f}" for name, mean in means.items())

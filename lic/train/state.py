@@ -4,62 +4,99 @@ No random state is saved: each step draws from a generator seeded with (seed, st
 learning rate is a function of the step and the number of steps.
 """
 
+import hashlib
+import io
 import sys
 from pathlib import Path
 
 import torch
 
-from lic.files import UNREADABLE, LicError, check_writable, read_tensors, write_tensors
+from lic.files import UNREADABLE, LicError, claim_output, read_tensors, write_tensors
 from lic.train.schedule import milestones
 
+FORMAT = "lic state"
 
-def save_state(path, model, optimizer, step, settings):
-    """Write what --resume needs; settings: plain values that must not change in between."""
+
+def save_state(path, model, optimizer, step, settings, arguments):
+    """Write what --resume needs, with a checksum, since torch.load notices no flipped bit.
+
+    settings: plain values that must not change in between; arguments: the command's own.
+    """
     state = {
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "step": step,
         "settings": settings,
+        "arguments": arguments,
         "threads": torch.get_num_threads(),
     }
-    write_tensors(path, state)
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    checksum = hashlib.sha256(buffer.getvalue()).hexdigest()
+    payload = torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
+    write_tensors(path, {"format": FORMAT, "sha256": checksum, "payload": payload})
 
 
 def read_state(path, otherwise):
-    """What `save_state` wrote; raises LicError(otherwise) if it is something else."""
-    state = read_tensors(path, otherwise)
+    """What `save_state` wrote; raises LicError(otherwise) if it is something else or damaged."""
+    file = read_tensors(path, otherwise)
     try:
-        state["step"], state["settings"]["steps"]
-    except UNREADABLE as error:
-        raise LicError(otherwise) from error
-    return state
+        payload = file["payload"].numpy().tobytes()
+        intact = file["format"] == FORMAT
+        intact = intact and hashlib.sha256(payload).hexdigest() == file["sha256"]
+    except UNREADABLE:
+        intact = False
+    if not intact:
+        raise LicError(otherwise)
+    return torch.load(io.BytesIO(payload), weights_only=True, map_location="cpu")
+
+
+def parse_training_args(parser):
+    """The arguments of a stage that trains; with --resume what is not given is as it was."""
+    args = parser.parse_args()
+    if args.resume:
+        path = args.out + ".state"
+        saved = read_state(path, f"{path} holds no training state; start without --resume")
+        given_anew = ("resume", "finish", "overwrite", "out")
+        before = {k: v for k, v in saved["arguments"].items() if k not in given_anew}
+        parser.set_defaults(**before)
+        args = parser.parse_args()
+    return args
 
 
 def check_out(args):
-    """Before a stage reads anything: may it write args.out?
+    """Before a stage reads anything: may it write args.out, and train anew?
 
-    Raises LicError if it cannot be written, or if a new run would write over the state of one that
-    was stopped.
+    Raises LicError if not: files.claim_output, or a run that was stopped or whose checkpoint could
+    not be written would be lost.
     """
-    check_writable(args.out)
+    overwrite = args.overwrite or args.resume
+    inputs = [name for name in (args.checkpoint, getattr(args, "plan", None)) if name]
+    claim_output(args.out, ".pt", overwrite, inputs)
     path = args.out + ".state"
-    if args.resume or not args.steps or not Path(path).exists():
+    if overwrite or not args.steps or not Path(path).exists():
         return
     state = read_state(path, f"{path} is in the way and no training state; remove it")
     done, steps = state["step"], state["settings"]["steps"]
     if done < steps:
-        raise LicError(
-            f"{path} holds a run that was stopped at step {done} of {steps}; "
-            "go on with --resume, or remove the file"
-        )
+        what = f"{path} holds a run that was stopped at step {done} of {steps}"
+    elif not Path(args.out).exists():
+        what = f"{path} holds a finished run whose checkpoint was not written"
+    else:
+        return
+    raise LicError(f"{what}; go on with --resume, or begin anew with --overwrite")
 
 
 def load_state(path, model, optimizer, settings):
-    """Restore model and optimizer in place; returns the number of steps already done."""
+    """Restore model and optimizer in place; returns the number of steps already done.
+
+    Raises LicError if a setting is another than it was: but the rate may be smaller, and the number
+    of steps may change while the rate does not depend on it.
+    """
     state = read_state(path, f"{path} holds no training state; start without --resume")
     done, made_with = state["step"], state["settings"]
-    changed = sorted(key for key in settings if settings[key] != made_with.get(key))
-    if changed == ["steps"]:
+    changed = [key for key in settings if settings[key] != made_with.get(key)]
+    if "steps" in changed:
         warmup, decline = milestones(made_with["steps"])
         new_warmup, new_decline = milestones(settings["steps"])
         if done > min(decline, new_decline) or warmup != new_warmup:
@@ -68,13 +105,17 @@ def load_state(path, model, optimizer, settings):
                 "first third of the old and the new number, and only if they have the same "
                 "warm-up, as any two from 14,000 up have"
             )
-    elif changed:
+        changed.remove("steps")
+    if "lr" in changed and settings["lr"] < made_with["lr"]:
+        changed.remove("lr")
+    if changed:
+        differences = [f"{key} was {made_with.get(key)!r}, is {settings[key]!r}" for key in changed]
         raise LicError(
-            f"{path} was made with another {', '.join(changed)}; resume with the same settings"
+            f"{path} was made with other settings; resume with the same: {'; '.join(differences)}"
         )
-    if state.get("threads") != torch.get_num_threads():
+    if state["threads"] != torch.get_num_threads():
         print(
-            f"warning: {path} was made with {state.get('threads')} threads, this process has "
+            f"warning: {path} was made with {state['threads']} threads, this process has "
             f"{torch.get_num_threads()}: last bits will differ from a run that was never stopped",
             file=sys.stderr,
         )

@@ -78,6 +78,7 @@ def make_codec():
         save_every=3000,
         out=str(FOLDER / "codec.pt"),
         resume=False,
+        finish=False,
     )
     fit(model, train, held_out, args)
     Path(args.out + ".state").unlink()
@@ -202,6 +203,8 @@ if __name__ == "__main__":
     make_quantized()
     for codec in ("codec", "quantized"):
         export(
-            argparse.Namespace(checkpoint=FOLDER / f"{codec}.pt", output=FOLDER / f"{codec}.npz")
+            argparse.Namespace(
+                checkpoint=FOLDER / f"{codec}.pt", output=FOLDER / f"{codec}.npz", overwrite=True
+            )
         )
     make_files()
