@@ -13,9 +13,8 @@ import copy
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
-from lic.codec import checkpoint, coder, fast, structure
+from lic.codec import checkpoint, coder, fast, strips, structure
 from lic.codec.header import SIZE, Header, crc_of_symbols, pack_file, read_header
 from lic.codec.integer import MAX_SYMBOL, IntegerHyperSynthesis
 from lic.files import MAX_PIXELS, BadStream, LicError, warn_of_slow_bf16
@@ -70,10 +69,9 @@ class ImageCoder:
                 f"the image has {width}x{height} pixels, more than the limit of {max_pixels}; "
                 "raise it with --max-pixels, which the decoder will need too"
             )
-        x = padded(image)
         gain, _ = self.model.gains(torch.tensor([quality / 256]))
-        y = self._network(self.g_a, x - 0.5) * gain  # (1, M, H/16, W/16)
-        z = self._network(self.h_a, y)  # (1, Z, H/64, W/64)
+        y = self._analysis(pad_edges(image)) * gain  # (1, M, H/16, W/16)
+        z = self._hyper_analysis(y)  # (1, Z, H/64, W/64)
 
         z_symbols = integers(z, "z")
         mean, y_index = self._entropy_parameters(z_symbols.reshape(z.shape[1:]))
@@ -108,9 +106,8 @@ class ImageCoder:
         _, inverse_gain = self.model.gains(torch.tensor([header.quality / 256]))
         y_hat = (torch.from_numpy(y_symbols).reshape(mean.shape) + mean).float()
         y_hat = y_hat.contiguous(memory_format=torch.channels_last)
-        x_hat = self._network(self.g_s, y_hat * inverse_gain) + 0.5  # (1, 3, H', W')
-        x_hat = x_hat[0, :, : header.height, : header.width].clamp(0, 1) * 255
-        return x_hat.round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
+        image = self._synthesis(y_hat * inverse_gain)  # (H', W', 3)
+        return np.ascontiguousarray(image[: header.height, : header.width])
 
     def middle_level(self):
         """2 of five levels, 0 of one."""
@@ -132,20 +129,58 @@ class ImageCoder:
         if level > len(self.model.lambdas) - 1:
             raise BadStream(f"the file declares quality {level}, which this model does not have")
 
-    def _network(self, network, x):
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.amp):
-            return network(x).float()
+    def _run(self, network):
+        """The network as a function, in bf16 if that was asked for."""
+
+        def run(x):
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.amp):
+                return network(x).float()
+
+        return run
+
+    def _analysis(self, image):
+        """image (H', W', 3) uint8, padded -> g_a's y (1, M, H/16, W/16)."""
+        side = strips.coarse_side("g_a")  # 16 pixels
+        height, width = image.shape[0] // side, image.shape[1] // side
+
+        def rows(start, end):
+            return to_tensor([image[side * start : side * end]]) - 0.5
+
+        return strips.down("g_a", self._run(self.g_a), height, width, rows)
+
+    def _hyper_analysis(self, y):
+        """y (1, M, H/16, W/16) -> h_a's z (1, Z, H/64, W/64)."""
+        side = strips.coarse_side("h_a") // strips.coarse_side("g_a")  # 4 positions of y
+        height, width = y.shape[2] // side, y.shape[3] // side
+
+        def rows(start, end):
+            return y[:, :, side * start : side * end]
+
+        return strips.down("h_a", self._run(self.h_a), height, width, rows)
+
+    def _synthesis(self, y_hat):
+        """y_hat (1, M, H/16, W/16), gains undone -> g_s's picture (H', W', 3) uint8."""
+        parts = []
+        for x_hat in strips.up("g_s", self._run(self.g_s), y_hat):
+            pixels = ((x_hat[0] + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+            parts.append(pixels.permute(1, 2, 0).numpy())
+        return np.concatenate(parts)
 
     def _entropy_parameters(self, z_hat):
         """z_hat (Z, h, w) int32 -> mean (1, M, 4h, 4w) float64, index (M * 4h * 4w,) uint8."""
         z_hat = torch.from_numpy(z_hat).double()[None]
         z_hat = z_hat.contiguous(memory_format=torch.channels_last)
-        if self.model.quantization:
-            mean, index = self.h_s(z_hat)
-        else:
-            mean, log_scale = self.h_s(z_hat).chunk(2, 1)
-            index = self.model.prior_y.scale_index(log_scale)
-        return mean, index.flatten().to(torch.uint8).numpy()
+
+        def hyper_synthesis(z_hat):
+            if self.model.quantization:
+                mean, index = self.h_s(z_hat)
+            else:
+                mean, log_scale = self.h_s(z_hat).chunk(2, 1)
+                index = self.model.prior_y.scale_index(log_scale)
+            return mean, index.to(torch.uint8)
+
+        means, indices = zip(*strips.up("h_s", hyper_synthesis, z_hat))
+        return torch.cat(means, 2), torch.cat(indices, 2).flatten().numpy()
 
 
 def check_image(image):
@@ -162,12 +197,17 @@ def check_image(image):
     )
 
 
-def padded(image):
-    """(H, W, 3) uint8 -> (1, 3, H', W') in [0, 1]: right and bottom edge repeated to 64s."""
+def pad_edges(image):
+    """(H, W, 3) -> (H', W', 3): right and bottom edge repeated to multiples of 64."""
     height, width = image.shape[:2]
     stride = structure.total_stride()
     right, bottom = -width % stride, -height % stride
-    return F.pad(to_tensor([image]), (0, right, 0, bottom), mode="replicate")
+    return np.pad(image, ((0, bottom), (0, right), (0, 0)), mode="edge")
+
+
+def padded(image):
+    """(H, W, 3) uint8 -> (1, 3, H', W') in [0, 1], padded."""
+    return to_tensor([pad_edges(image)])
 
 
 def padded_pixels(height, width):
