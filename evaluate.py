@@ -9,6 +9,8 @@ BD-rate: PSNR, PCHIP over log rate, of each checkpoint against every other curve
 better.
 """
 
+import lic.interrupt  # first: from here on Ctrl-C is a word
+
 import io
 import json
 from pathlib import Path
@@ -99,7 +101,8 @@ def load_published(path):
     try:
         curves = {}
         for name, curve in json.loads(read_bytes(path))["curves"].items():
-            curves[f"{name} (published)"] = list(zip(curve["bpp"], curve["psnr"]))
+            points = zip(map(float, curve["bpp"]), map(float, curve["psnr"]))
+            curves[f"{name} (published)"] = list(points)
         return curves
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise LicError(f"{path} holds no curves like docs/kodak_published.json") from error
@@ -168,7 +171,8 @@ def main():
         raise LicError("--held-out needs --data, the folder that training used")
     for path, suffix in ((args.json, ".json"), (args.plot, ".png")):
         if path:
-            claim_output(path, suffix, args.overwrite, inputs=[*args.checkpoints])
+            inputs = [*args.checkpoints, args.data, args.published]
+            claim_output(path, suffix, args.overwrite, filter(None, inputs))
     pyplot = import_pyplot() if args.plot else None
     published = load_published(args.published) if args.published else {}
     for path in args.checkpoints:

@@ -7,6 +7,8 @@
 The last: the same steps with nothing removed, to compare with; it writes runs/control.pt.
 """
 
+import lic.interrupt  # first: from here on Ctrl-C is a word
+
 import sys
 
 import torch
@@ -14,7 +16,7 @@ import torch
 from lic.codec.checkpoint import FLOAT_STAGES, load_checkpoint, save_checkpoint
 from lic.codec.structure import kmac_per_pixel, parameters
 from lic.codec.tables import build_tables
-from lic.files import run
+from lic.files import LicError, run
 from lic.images import fixed_crops
 from lic.options import make_parser
 from lic.shrink.plan import load_plan
@@ -44,7 +46,10 @@ def parse_args():
     # fmt: on
     if "--control" in sys.argv:
         parser.set_defaults(out="runs/control.pt")
-    return parse_training_args(parser)
+    args = parse_training_args(parser)
+    if args.control and args.plan != parser.get_default("plan"):
+        raise LicError("--control cuts nothing: leave out --plan")
+    return args
 
 
 def main():

@@ -10,11 +10,13 @@ float, and the scales of the 8 bits; 0 skips them. The weights are rounded last,
 scale an output channel, so that the errors cancel in each layer's output.
 """
 
+import lic.interrupt  # first: from here on Ctrl-C is a word
+
 from lic.codec.checkpoint import FLOAT_STAGES, load_checkpoint, save_checkpoint
 from lic.codec.eight_bits import eight_bit_inputs, pixel_layers, quantize_layers
 from lic.codec.integer import freeze_h_s
 from lic.codec.tables import build_tables
-from lic.files import LicError, run
+from lic.files import run
 from lic.images import fixed_crops
 from lic.options import make_parser, positive_whole_number
 from lic.shrink.quantization import equalize, input_scales
@@ -55,15 +57,9 @@ def main():
     quantize_layers(model, scales, float_inputs=args.float_inputs)
     metrics["held_out_J_inputs"] = mean_loss(model, held_out).tolist()
     steps = 0
-    if args.steps:
+    if args.steps or args.resume:
         steps = fit(model, train, held_out, args, origin=[meta["fingerprint"], args.calibration])
         metrics["held_out_J_tuned"] = mean_loss(model, held_out).tolist()
-        for name, parameter in model.named_parameters():
-            if name.endswith("input_scale") and parameter <= 0:
-                raise LicError(
-                    "training drove the scale of an activation to zero; "
-                    "quantize again with a smaller --lr"
-                )
     round_weights(model, patch_moments(model, calibration))
     metrics["held_out_J"] = mean_loss(model, held_out).tolist()
     freeze_h_s(model)

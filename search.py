@@ -7,13 +7,15 @@ Prints the sensitivity of J to each group, moves the threshold alpha until the t
 parameters (or multiply-accumulates) is gone, and writes plan.json for prune.py.
 """
 
+import lic.interrupt  # first: from here on Ctrl-C is a word
+
 import time
 
 import numpy as np
 
 from lic.codec.checkpoint import FLOAT_STAGES, load_checkpoint
 from lic.codec.structure import total_stride
-from lic.files import LicError, claim_output, run, warn_of_slow_bf16
+from lic.files import LicError, claim_output, free_name, run, warn_of_slow_bf16
 from lic.images import fixed_crops
 from lic.options import (
     make_parser,
@@ -135,7 +137,7 @@ def main():
 
     J_zeros, J_folded = cutter.loss(widths, fold=False), cutter.loss(widths)
     sparsity = search.sparsity(config, widths)
-    out = args.out + ".nearest" if missed else args.out  # not the plan that was asked for
+    out = free_name(args.out + ".nearest") if missed else args.out  # not what was asked for
     save_plan(
         out,
         {

@@ -5,6 +5,8 @@ python train.py --preset small --data photos/ --amp --steps 30000 --out runs/sma
 python train.py --checkpoint runs/small.pt --lr 1e-3 --crop 256 --batch 2 ...       go on
 """
 
+import lic.interrupt  # first: from here on Ctrl-C is a word
+
 import torch
 
 from lic.codec.checkpoint import FLOAT_STAGES, load_checkpoint, save_checkpoint

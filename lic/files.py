@@ -10,7 +10,9 @@ import functools
 import io
 import os
 import pickle
+import signal
 import sys
+import warnings
 from pathlib import Path
 
 try:
@@ -78,10 +80,16 @@ def warn_of_slow_bf16():
 def run(main):
     """Call main(); a LicError is printed as a sentence, and its status is the exit status."""
     keep_freed_memory()
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores the second
+            signal.signal(number, lambda signum, frame: sys.exit(128 + signum))
     stdout, stderr = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = PatientLog(stdout), PatientLog(stderr)
     try:
         main()
+    except MemoryError:
+        print("error: not enough memory", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -90,9 +98,9 @@ def run(main):
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.status)
     finally:
+        release_outputs()
         sys.stdout.flush()
         sys.stdout, sys.stderr = stdout, stderr
-        release_outputs()
 
 
 class PatientLog(io.TextIOBase):
@@ -103,7 +111,7 @@ class PatientLog(io.TextIOBase):
     """
 
     def __init__(self, stream):
-        self.stream, self.broken = stream, False
+        self.stream, self.broken = stream, stream is None  # None: it was closed before we began
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
@@ -112,7 +120,7 @@ class PatientLog(io.TextIOBase):
         return len(text)
 
     def flush(self):
-        self._attempt(self.stream.flush)
+        self._attempt(lambda: self.stream.flush())
 
     def _attempt(self, action):
         if self.broken:
@@ -127,9 +135,11 @@ class PatientLog(io.TextIOBase):
             os.close(nowhere)
 
     def isatty(self):
-        return self.stream.isatty()
+        return not self.broken and self.stream.isatty()
 
     def fileno(self):
+        if self.stream is None:
+            raise OSError("closed")
         return self.stream.fileno()
 
 
@@ -138,21 +148,36 @@ def claim_output(path, suffix, overwrite=False, inputs=()):
 
     The rule for every output of every command: the name ends in the suffix of its kind; what is
     there is replaced only with --overwrite (an empty file is nothing), and never if it is one of
-    the inputs or no ordinary file. A link stands for what it names. Call it before hours of work.
+    the inputs, or in a folder that is one, or no ordinary file. A link stands for what it names.
+    Call it before hours of work.
     """
     if Path(path).suffix.lower() != suffix:
         raise LicError(f"{path}: this command writes {suffix[1:]} files; end the name in {suffix}")
     target = Path(os.path.realpath(path))
-    if target.exists():
-        if not target.is_file():
-            raise LicError(f"{path} is a folder or a device; give the name of a file to write")
-        for name in inputs:
-            if os.path.exists(name) and os.path.samefile(name, target):
-                raise LicError(f"{path} is what this command reads; choose another output")
-        if target.stat().st_size and not overwrite:
-            raise LicError(f"{path} exists; choose another output, or replace it by --overwrite")
-    check_writable(target)
-    hold(target)
+    for name in map(os.path.realpath, inputs):
+        if str(target) == name or (os.path.isdir(name) and Path(name) in target.parents):
+            raise LicError(f"{path} is what this command reads; choose another output")
+    try:
+        if target.exists():
+            if not target.is_file():
+                raise LicError(f"{path} is a folder or a device; give the name of a file to write")
+            if target.stat().st_size and not overwrite:
+                raise LicError(
+                    f"{path} exists; choose another output, or replace it by --overwrite"
+                )
+        check_writable(target)
+        hold(target)
+    except OSError as error:
+        raise LicError(f"cannot write {path}: {error.strerror}; choose another output") from error
+
+
+def free_name(path):
+    """`path`, or with the first number behind it that makes it the name of no file yet."""
+    name, number = path, 1
+    while os.path.lexists(name):
+        number += 1
+        name = f"{path}{number}"
+    return name
 
 
 def check_writable(path):
@@ -178,7 +203,7 @@ def hold(path):
     if fcntl is None or lock in HELD:
         return
     while True:
-        file = open(lock, "w")
+        file = open(lock, "ab")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -204,7 +229,10 @@ def release_outputs():
 
 
 def read_bytes(path):
+    """The bytes of an ordinary file; raises LicError for anything else."""
     try:
+        if Path(path).exists() and not Path(path).is_file():
+            raise LicError(f"cannot read {path}: it is no ordinary file")
         return Path(path).read_bytes()
     except OSError as error:
         raise LicError(f"cannot read {path}: {error.strerror}") from error
@@ -217,10 +245,13 @@ def read_tensors(path, otherwise):
     """
     import torch
 
+    data = io.BytesIO(read_bytes(path))
     try:
-        data = io.BytesIO(read_bytes(path))
-        return torch.load(data, weights_only=True, map_location="cpu")
-    except UNREADABLE as error:
+        with warnings.catch_warnings(action="ignore"):
+            return torch.load(data, weights_only=True, map_location="cpu")
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever torch raises, the file is to blame
         raise LicError(otherwise) from error
 
 
@@ -240,8 +271,8 @@ def write_bytes(path, data):
         os.replace(temporary, path)
     except OSError as error:
         raise LicError(
-            f"cannot write {path}: {error.strerror}; what was there before is kept. Make room and "
-            "run the command again, a stage that has trained with --resume"
+            f"cannot write {path}: {error.strerror}; what was there before is kept. When that is "
+            "mended run the command again, a stage that has trained with --resume"
         ) from error
     finally:
         temporary.unlink(missing_ok=True)

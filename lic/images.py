@@ -22,7 +22,8 @@ from lic.files import MAX_PIXELS, LicError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".avif"}
 HELD_OUT = 16  # one image in so many
-BITS_PER_SAMPLE, ORIENTATION = 258, 274  # TIFF and EXIF tags
+# TIFF and EXIF tags
+BITS_PER_SAMPLE, PHOTOMETRIC, ORIENTATION, SAMPLE_FORMAT = 258, 262, 274, 339
 TURNS = {  # EXIF orientation: what shows the picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -42,12 +43,14 @@ def read_image(path, max_pixels=MAX_PIXELS):
     without a colour profile; of an animation, the first frame. Metadata never matter.
 
     Refused is what has no known white or what Pillow does not tell apart from something else:
-    floating-point and 32-bit pixels, TIFFs of 12 bits, 16 bits with a transparent colour; what has
-    more than max_pixels; and what is cut off, even if by its end marker alone, since that does
-    not tell whether pixels are missing, too.
+    floating-point and 32-bit pixels, signed ones, TIFFs of 12 bits, 16 bits with a transparent
+    colour; what has more than max_pixels; and what is cut off, a JPEG even if by its end marker
+    alone, since that does not tell whether pixels are missing, too.
     """
     try:
         # an open file: given a path, Pillow maps some TIFFs into memory in the wrong shape
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise ValueError("it is no ordinary file")
         with pillow_limits(), open(path, "rb") as data, Image.open(data) as file:
             width, height = file.size
             if width * height > max_pixels:
@@ -110,13 +113,19 @@ def with_transparent_colour(image, file, bits):
 
 def to_rgb(image, file):
     """(H, W, 3) uint8 of `image`, which was opened as `file` and may have been changed since."""
+    tags = file.tag_v2 if file.format == "TIFF" else {}
+    signed = set(tags.get(SAMPLE_FORMAT, (1,))) != {1}
+    if signed and image.mode not in ("I", "F"):
+        raise ValueError("its samples are no unsigned integers; convert it first")
     if image.mode.startswith("I;16") or (image.mode == "I" and file.format == "PPM"):
         # 16-bit grey, which convert("RGB") would clip to white
         if image.has_transparency_data:
             raise ValueError("16-bit grey with transparency; convert it to 8 bits first")
-        if file.format == "TIFF" and file.tag_v2.get(BITS_PER_SAMPLE, (16,)) != (16,):
+        if tags.get(BITS_PER_SAMPLE, (16,)) != (16,):
             raise ValueError("neither 8 nor 16 bits a sample; convert it first")
         grey = np.rint(np.asarray(image, dtype=np.float64) / 257).astype(np.uint8)
+        if tags.get(PHOTOMETRIC) == 0:  # white is 0, which Pillow knows of 8 bits alone
+            grey = 255 - grey
         return np.repeat(grey[:, :, None], 3, axis=2)
     if image.mode in ("I", "F"):
         raise ValueError("32-bit or floating-point pixels; convert it to 8 or 16 bits")

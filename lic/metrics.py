@@ -57,7 +57,7 @@ def ms_ssim(a, b):
         if k == scales - 1:  # luminance counts at the coarsest scale alone
             term = term * (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
         result = result * term.mean((1, 2)).clamp(min=0) ** weight  # below 0 it would be NaN
-    return result.mean().item()
+    return min(result.mean().item(), 1.0)  # roundings can make it more
 
 
 def _pchip_integral(x, y, low, high):

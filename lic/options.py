@@ -6,6 +6,9 @@ from lic.files import LicError
 
 
 class Parser(argparse.ArgumentParser):
+    def __init__(self, **settings):
+        super().__init__(allow_abbrev=False, **settings)
+
     def error(self, message):
         raise LicError(f"{message}; --help lists the options")
 
@@ -37,6 +40,6 @@ def multiple_of(step):
 
 
 positive_whole_number = parsed(int, lambda value: value >= 1, "a whole number from 1 up")
-whole_number = parsed(int, lambda value: value >= 0, "a whole number from 0 up")
+whole_number = parsed(int, lambda value: 0 <= value < 2**63, "a whole number from 0 to 2^63 - 1")
 positive_number = parsed(float, lambda value: 0 < value < float("inf"), "a positive finite number")
 share = parsed(float, lambda value: 0 < value < 1, "a share, between 0 and 1")

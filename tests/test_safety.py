@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import struct
 import subprocess
 import sys
@@ -497,3 +498,124 @@ def test_curves_that_share_little_are_compared_with_a_warning(capsys):
     assert "share 32.90 to 33.00 dB only" in capsys.readouterr().out
     evaluate.show_bd_rates({"one.pt": one, "other.pt": one}, {})
     assert "share" not in capsys.readouterr().out
+
+
+# what an adversary found
+
+
+@pytest.mark.parametrize("bits, dtype", [(8, np.uint8), (16, np.uint16)])
+def test_a_tiff_in_which_white_is_zero_is_inverted_once(bits, dtype, tmp_path):
+    pixels = (np.arange(6).reshape(2, 3) * (40 if bits == 8 else 40 * 257)).astype(dtype)
+    Image.fromarray(pixels).save(tmp_path / "a.tif")
+    entry = struct.pack("<HHIH", 262, 3, 1, 1)  # photometric interpretation: black is zero
+    data = (tmp_path / "a.tif").read_bytes()
+    assert data.count(entry) == 1
+    (tmp_path / "b.tif").write_bytes(data.replace(entry, struct.pack("<HHIH", 262, 3, 1, 0)))
+    plain, inverted = (read_image(tmp_path / name) for name in ("a.tif", "b.tif"))
+    assert np.array_equal(inverted, 255 - plain) and plain.max() == 200
+
+
+def test_what_is_no_ordinary_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(LicError, match="no ordinary file"):
+        read_image(tmp_path / "a.png")
+    with pytest.raises(LicError, match="no ordinary file"):
+        files.read_bytes(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("content", [b"M", b"I1\n", b"G1", b"\x80\x02", b"PK\x03\x04"])
+def test_whatever_torch_raises_names_the_file(content, tmp_path):
+    (tmp_path / "w.pt").write_bytes(content)
+    with pytest.raises(LicError, match="w.pt is not a lic checkpoint"):
+        load_checkpoint(tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize("arguments, sentence", [
+    (["--finish"], "give --resume, too"), (["--validation", "elsewhere"], "needs --data"),
+    (["--data", "a", "--synthetic"], "not allowed with"), (["--res"], "unrecognized arguments"),
+    (["--seed", 2**64], "2^63"),
+])  # fmt: skip
+def test_options_that_cannot_go_together_are_refused(
+    arguments, sentence, tmp_path, monkeypatch, capsys
+):
+    for script in ("train.py", "prune.py", "quantize.py"):
+        output = tmp_path / "a.pt"
+        assert run_script(monkeypatch, script, *arguments, "--out", output) == 2
+        assert sentence in capsys.readouterr().err and not output.exists()
+
+
+def test_a_state_belongs_to_its_stage_and_its_start(tmp_path, photos, monkeypatch, capsys):
+    out = tmp_path / "a.pt"
+    stopped_run(out, photos, monkeypatch)
+    assert run_script(monkeypatch, "prune.py", "--resume", "--out", out) == 2
+    assert "is a run of train.py, not of prune.py" in capsys.readouterr().err
+    assert run_script(monkeypatch, "train.py", "--resume", "--out", out, "--preset", "small") == 2
+    assert "preset was 'tiny', is 'small'" in capsys.readouterr().err
+
+
+def test_a_run_begun_anew_does_not_go_on_from_the_old_one(tmp_path, photos, monkeypatch):
+    """Even if it is killed before its first save."""
+    out = tmp_path / "a.pt"
+    stopped_run(out, photos, monkeypatch)
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lic.train.loop.random_crops", die)
+    anew = [*TRAINING, "--data", photos, "--out", out, "--overwrite", "--seed", 5]
+    assert run_script(monkeypatch, *anew) == 130
+    monkeypatch.undo()
+    assert run_script(monkeypatch, "train.py", "--resume", "--out", out) == 2
+
+
+def test_resuming_without_steps_does_not_replace_a_trained_codec(tmp_path, photos, monkeypatch):
+    out = tmp_path / "q.pt"
+    quantize = ["quantize.py", "--checkpoint", GOLDEN / "codec.pt", "--data", photos, "--out", out]
+    quantize += ["--batch", 1, "--crop", 64, "--steps", 1, "--calibration", 2]
+    assert run_script(monkeypatch, *quantize) == 0
+    before = out.read_bytes()
+    assert run_script(monkeypatch, "quantize.py", "--resume", "--steps", 0, "--out", out) == 2
+    assert out.read_bytes() == before
+
+
+def test_inputs_of_evaluate_are_not_replaced(tmp_path, photos, monkeypatch, capsys):
+    published = tmp_path / "published.json"
+    published.write_text(json.dumps({"curves": {"a": {"bpp": [1, 2], "psnr": [30, 40]}}}))
+    evaluate = ["evaluate.py", GOLDEN / "codec.pt", "--overwrite", "--data", photos]
+    for more in (
+        ["--published", published, "--json", published],
+        ["--plot", photos / "0.png"],
+    ):
+        assert run_script(monkeypatch, *evaluate, *more) == 2
+        assert "is what this command reads" in capsys.readouterr().err
+
+
+def test_closed_streams_cost_no_result_and_leave_no_lock(tmp_path):
+    command = " ".join(map(str, tiny_training(tmp_path / "a.pt")))
+    done = subprocess.run(["sh", "-c", f"{command} >&- 2>&-"], cwd=ROOT)
+    assert done.returncode == 0 and load_checkpoint(tmp_path / "a.pt")[1]["stage"] == "train"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pt", "a.pt.state"]
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_at_any_time_leaves_no_lock(name, tmp_path):
+    program = f"""if True:
+        import os, signal
+        from lic.files import claim_output, run
+        def main():
+            claim_output({str(tmp_path / "a.pt")!r}, ".pt")
+            os.kill(os.getpid(), signal.{name})
+        run(main)"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT)
+    assert done.returncode == 128 + getattr(signal, name) and list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupt_while_modules_load_is_one_word():
+    program = "import lic.interrupt\nraise KeyboardInterrupt"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True)
+    assert done.stderr == b"interrupted\n"
+
+
+def test_a_name_that_is_too_long_is_a_sentence(tmp_path):
+    with pytest.raises(LicError, match="too long"):
+        claim_output(tmp_path / ("x" * 300 + ".pt"), ".pt")

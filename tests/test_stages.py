@@ -420,31 +420,14 @@ def test_the_control_has_its_own_output(monkeypatch, capsys):
     assert prune.parse_args().out == "runs/pruned.pt"
 
 
-def test_a_scale_that_training_drove_to_zero_is_a_sentence(pipeline, photos, monkeypatch, capsys):
-    arguments = [
-        "--checkpoint",
-        pipeline / "pruned.pt",
-        "--data",
-        photos,
-        *TRAIN,
-        "--steps",
-        3,
-        "--lr",
-        3,
-        "--out",
-        pipeline / "no.pt",
-    ]
-    assert run_script(monkeypatch, "quantize.py", *arguments) == 2
-    assert "smaller --lr" in capsys.readouterr().err and not (pipeline / "no.pt").exists()
-
-
 def test_a_flat_picture_is_evaluated_and_gives_valid_json(pipeline, tmp_path, monkeypatch, capsys):
     # JPEG keeps it exactly: its PSNR is infinite
     Image.new("RGB", (64, 64), (128, 128, 128)).save(tmp_path / "grey.png")
     Image.fromarray(dead_leaves(1, 64)).save(tmp_path / "leaves.png")
-    arguments = [pipeline / "base.pt", "--data", tmp_path, "--json", tmp_path / "e.json"]
+    output = pipeline / "flat.json"
+    arguments = [pipeline / "base.pt", "--data", tmp_path, "--json", output]
     assert run_script(monkeypatch, "evaluate.py", *arguments) == 0
-    result = json.loads((tmp_path / "e.json").read_text(), parse_constant=pytest.fail)
+    result = json.loads(output.read_text(), parse_constant=pytest.fail)
     assert {"jpeg", "webp", "avif"} == result["classical"].keys()
     text = capsys.readouterr().out
     assert "grey.png is one colour" in text and "not comparable: jpeg" not in text

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers import lively_codec, photo_like
+from helpers import lively_codec, photo_like, quantized_codec
 
 from lic.files import LicError
 from lic.train.loss import rate_distortion
@@ -32,16 +32,32 @@ def one_step(lr, scale=1.0):
 
 
 def test_every_parameter_is_trained_by_exactly_one_optimizer():
-    model = lively_codec()
-    optimizer = Optimizer(model.to(memory_format=torch.channels_last))
-    assert len(optimizer.kernels) == 14 and all(p.ndim == 4 for p in optimizer.kernels)
-    assert sorted(map(id, optimizer.kernels + optimizer.others)) == sorted(
-        map(id, model.parameters())
-    )
-    assert list(map(id, optimizer.adam.param_groups[0]["params"])) == list(
-        map(id, optimizer.others)
-    )
-    assert all(optimizer.matrix(k).data_ptr() == k.data_ptr() for k in optimizer.kernels)
+    for model, scales in ((lively_codec(), 0), (quantized_codec(), 8)):
+        optimizer = Optimizer(model.to(memory_format=torch.channels_last))
+        assert len(optimizer.kernels) == 14 and all(p.ndim == 4 for p in optimizer.kernels)
+        assert len(optimizer.scales) == len(optimizer.logs) == scales
+        trained = optimizer.kernels + optimizer.scales + optimizer.others
+        assert sorted(map(id, trained)) == sorted(map(id, model.parameters()))
+        by_adam = [p for group in optimizer.adam.param_groups for p in group["params"]]
+        assert list(map(id, by_adam)) == list(map(id, optimizer.others + optimizer.logs))
+        for kernel in optimizer.kernels:
+            assert optimizer.matrix(kernel).data_ptr() == kernel.data_ptr()
+
+
+def test_a_step_changes_a_scale_by_as_many_parts_as_the_rate():
+    """However small the scale is; and it stays positive."""
+    model = quantized_codec().to(memory_format=torch.channels_last)
+    optimizer = Optimizer(model)
+    before = [scale.item() for scale in optimizer.scales]
+    for rate in (1e-3, 3.0):
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step(rate)
+        after = [scale.item() for scale in optimizer.scales]
+        assert all(scale > 0 for scale in after)
+        if rate == 1e-3:
+            for old, new in zip(before, after):
+                assert 1 - new / old == pytest.approx(rate, rel=0.01)
 
 
 def test_one_step_moves_everything_and_a_kernel_in_all_directions_alike():

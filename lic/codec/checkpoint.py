@@ -57,7 +57,7 @@ def save_checkpoint(path, model, tables, stage, arguments, steps, parent=None, m
     tensors = {kind: tensors_of(table) for kind, table in tables.items()}
     data = None
     if "data" in arguments:
-        data = Path(arguments["data"] or "dead leaves").name
+        data = Path(arguments["data"]).resolve().name if arguments["data"] else "dead leaves"
     entry = {
         "stage": stage,
         "arguments": {k: v for k, v in arguments.items() if k not in ("data", "validation")},

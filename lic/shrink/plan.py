@@ -37,14 +37,23 @@ def is_plan(plan):
     lambdas = plan["lambdas"]
     if not lambdas or lambdas != sorted(set(lambdas)) or not 0 < lambdas[0] < math.inf:
         return False
+    if not plan["keep"].keys() == plan["widths"].keys() == structure.groups().keys():
+        return False
+    for row in (plan["sensitivity"] or {}).values():
+        if not all(width.isdigit() and isinstance(zeta, float) for width, zeta in row.items()):
+            return False
+    if plan["sensitivity"] and plan["sensitivity"].keys() != structure.groups().keys():
+        return False
     for group in structure.groups():
         keep = plan["keep"][group]
         if any(type(index) is not int for index in keep):
             return False
         if keep != sorted(set(keep)) or keep[0] < 0 or len(keep) != plan["widths"][group]:
             return False
-    counts = plan["crops"], plan["crop"]
-    return plan.keys() >= set(KEYS) and all(type(n) is int and n > 0 for n in counts)
+    crops, crop = plan["crops"], plan["crop"]
+    if type(crops) is not int or type(crop) is not int or crops < 1 or crop < 1:
+        return False
+    return crop % structure.total_stride() == 0 and plan.keys() >= set(KEYS)
 
 
 def load_plan(path, baseline=None, widths=None):

@@ -6,6 +6,7 @@ last bit on a CPU with as many threads (a GPU adds up in no fixed order): state.
 """
 
 import hashlib
+import shlex
 import signal
 import time
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from lic.options import multiple_of, positive_number, positive_whole_number, who
 from lic.train.loss import level_weights, mean_loss, rate_distortion
 from lic.train.optimizer import Optimizer
 from lic.train.schedule import learning_rate
-from lic.train.state import load_state, save_state
+from lic.train.state import load_state, save_state, state_path
 
 # what a state must have been trained with, in words: change it when a step computes anything else
 RECIPE = "Muon in float32 and Adam, leaky ReLU, decline over two thirds"
@@ -67,10 +68,13 @@ def add_training_arguments(parser, steps, lr, out):
 
 def add_image_arguments(parser):
     """The options of a stage that looks at images, for `images_for`."""
-    parser.add_argument("--data",
-        help="folder of images, searched recursively (default: synthetic images)")  # fmt: skip
-    parser.add_argument("--synthetic", action="store_true",
-        help="synthetic images, even for a codec of photographs")  # fmt: skip
+    # fmt: off
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--data",
+        help="folder of images, searched recursively (default: synthetic images)")
+    source.add_argument("--synthetic", action="store_true",
+        help="synthetic images, even for a codec of photographs")
+    # fmt: on
 
 
 def images_for(args, parent=None):
@@ -94,14 +98,16 @@ def images_for(args, parent=None):
 
 def data_option(args):
     """How the next stage's command goes on after its checkpoint."""
-    return f" --data {args.data}" if args.data else " --synthetic" if args.synthetic else ""
+    if args.data:
+        return f" --data {shlex.quote(str(args.data))}"
+    return " --synthetic" if args.synthetic else ""
 
 
 def run_settings(model, train, args, origin):
     """What --resume must find unchanged: plain values."""
     return {
         **{key: vars(args)[key] for key in ("steps", "batch", "crop", "lr", "amp", "seed")},
-        "data": args.data and Path(args.data).name,  # photos, photos/ and ../photos are the same
+        "data": args.data and Path(args.data).resolve().name,
         "images": hashlib.sha256(b"".join(map(digest, train))).hexdigest(),
         "config": model.config,
         "quantization": model.quantization,
@@ -123,7 +129,7 @@ def fit(model, train, held_out, args, origin=None):
         raise LicError("--device cuda: this torch sees no GPU; leave the option out")
     if args.amp and args.device == "cpu":
         warn_of_slow_bf16()
-    settings, state_path = run_settings(model, train, args, origin), args.out + ".state"
+    settings, state = run_settings(model, train, args, origin), state_path(args.out)
     torch.backends.cudnn.benchmark = True  # the shapes never change
     model.to(args.device, memory_format=torch.channels_last)
     # a step is a thousand small kernels, which take longer to launch than to run on a GPU;
@@ -132,9 +138,11 @@ def fit(model, train, held_out, args, origin=None):
     photographs = [torch.from_numpy(image).to(args.device) for image in train]
     held_out = held_out.to(args.device)
     optimizer = Optimizer(model)
-    first = load_state(state_path, model, optimizer, settings) if args.resume else 0
+    first = load_state(state, model, optimizer, settings) if args.resume else 0
     lambdas = torch.tensor(model.lambdas, device=args.device)
     weights = level_weights(model.lambdas).to(args.device)
+    if not args.resume:  # an older run's state is not what this one goes on from
+        Path(state).unlink(missing_ok=True)
     last = first if args.finish else args.steps
     progress = Progress(args.steps)
     with signals_kept() as interrupted:
@@ -155,7 +163,7 @@ def fit(model, train, held_out, args, origin=None):
             if not torch.isfinite(norm):  # the weights are spoilt, the last save is not
                 raise LicError(
                     f"at step {step} the loss is {loss.item()} and its gradient's norm "
-                    f"{norm.item()}; {remedy_for_spoilt_weights(state_path)}"
+                    f"{norm.item()}; {remedy_for_spoilt_weights(state)}"
                 )
             with torch.no_grad():
                 psnr = -10 * torch.log10(mse)
@@ -168,32 +176,32 @@ def fit(model, train, held_out, args, origin=None):
                 if not J.isfinite().all():  # nor do these weights replace the last save
                     raise LicError(
                         f"after step {done} held-out J is not finite; "
-                        f"{remedy_for_spoilt_weights(state_path)}"
+                        f"{remedy_for_spoilt_weights(state)}"
                     )
-                save_state(state_path, model, optimizer, done, settings, vars(args))
-                print(
-                    f"saved {state_path}  held-out J a level:", *(f"{v:.4f}" for v in J), flush=True
-                )
+                save_state(state, model, optimizer, done, settings, vars(args))
+                print(f"saved {state}  held-out J a level:", *(f"{v:.4f}" for v in J), flush=True)
             if interrupted:
                 raise Interrupted(f"interrupted after step {done}; go on with --resume")
     model.to("cpu").eval()
     return last
 
 
-def remedy_for_spoilt_weights(state_path):
-    if Path(state_path).exists():
-        return f"go on from {state_path} with --resume and a smaller --lr"
+def remedy_for_spoilt_weights(state):
+    if Path(state).exists():
+        return f"go on from {state} with --resume and a smaller --lr"
     return "start again with a smaller --lr"
 
 
 @contextmanager
 def signals_kept():
-    """Yields a list; SIGINT and SIGTERM append to it and do nothing else.
+    """Yields a list; SIGINT, SIGTERM and SIGHUP append to it and do nothing else.
 
     So a step and its save are not cut in two.
     """
     received, before = [], {}
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        if number in before or signal.getsignal(number) == signal.SIG_IGN:
+            continue
         before[number] = signal.signal(number, lambda signum, frame: received.append(signum))
     try:
         yield received

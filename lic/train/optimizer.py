@@ -1,4 +1,4 @@
-"""Muon for the kernels of the convolutions, Adam for all else.
+"""Muon for the kernels of the convolutions, Adam for all else; of scales, Adam for the logarithm.
 
 Adam scales each weight by itself. Muon replaces the momentum matrix of a layer by the nearest
 orthogonal one, so that every direction of the layer moves equally far, also those in which the
@@ -11,6 +11,10 @@ Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (2024);
 gives a step the usual size of Adam's, is that of Liu et al., "Muon is scalable for LLM training",
 arXiv:2502.16982. What it gains is in docs/training.md, as is why torch.optim.Muon, which computes
 in bf16, is not used.
+
+The scale of an 8-bit input is a number like 0.005, and a step of Adam is as large as the rate: some
+percent of it at once, or all. Of its logarithm a step is as many parts of the scale, which stays
+positive.
 """
 
 import torch
@@ -54,10 +58,19 @@ class Optimizer:
     """Trains all parameters of `model`, whose 4-d ones must be channels_last."""
 
     def __init__(self, model):
-        self.kernels = [p for p in model.parameters() if p.ndim == 4]
-        self.others = [p for p in model.parameters() if p.ndim != 4]
+        self.kernels, self.scales, self.others = [], [], []
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 4:
+                self.kernels.append(parameter)
+            elif name.endswith("input_scale"):
+                self.scales.append(parameter)
+            else:
+                self.others.append(parameter)
         self.momentum = [torch.zeros_like(self.matrix(kernel)) for kernel in self.kernels]
+        self.logs = [scale.detach().log() for scale in self.scales]
         self.adam = torch.optim.Adam(self.others)
+        if self.logs:  # their gradients are small: with Adam's usual eps some would never move
+            self.adam.add_param_group({"params": self.logs, "eps": 1e-15})
 
     @staticmethod
     def matrix(kernel):
@@ -70,25 +83,32 @@ class Optimizer:
 
         Returns their norm, a tensor ().
         """
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.kernels + self.others])
+        parameters = self.kernels + self.scales + self.others
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         for kernel, momentum in zip(self.kernels, self.momentum):
             gradient = self.matrix(kernel.grad.contiguous(memory_format=torch.channels_last))
             momentum.lerp_(gradient, 1 - MOMENTUM)
             direction = orthogonal(gradient.lerp(momentum, MOMENTUM))
             size = 0.2 * max(direction.shape) ** 0.5
             self.matrix(kernel).sub_(direction, alpha=lr * size)
-        torch.nn.utils.clip_grad_norm_(self.others, CLIP_NORM)
+        for log, scale in zip(self.logs, self.scales):
+            log.grad = scale.grad * scale  # dJ / d log s = s dJ / ds
+        torch.nn.utils.clip_grad_norm_(self.others + self.logs, CLIP_NORM)
         for group in self.adam.param_groups:
             group["lr"] = lr
         self.adam.step()
-        for parameter in self.kernels + self.others:
+        for log, scale in zip(self.logs, self.scales):
+            scale.copy_(log.exp())
+        for parameter in parameters:
             parameter.grad = None
         return norm
 
     def state_dict(self):
-        return {"momentum": self.momentum, "adam": self.adam.state_dict()}
+        return {"momentum": self.momentum, "logs": self.logs, "adam": self.adam.state_dict()}
 
     def load_state_dict(self, state):
         for momentum, saved in zip(self.momentum, state["momentum"], strict=True):
             momentum.copy_(saved)
+        for log, saved in zip(self.logs, state["logs"], strict=True):
+            log.copy_(saved)
         self.adam.load_state_dict(state["adam"])

@@ -6,6 +6,7 @@ learning rate is a function of the step and the number of steps.
 
 import hashlib
 import io
+import os
 import sys
 from pathlib import Path
 
@@ -27,6 +28,7 @@ def save_state(path, model, optimizer, step, settings, arguments):
         "optimizer": optimizer.state_dict(),
         "step": step,
         "settings": settings,
+        "command": Path(sys.argv[0]).name,
         "arguments": arguments,
         "threads": torch.get_num_threads(),
     }
@@ -52,16 +54,37 @@ def read_state(path, otherwise):
 
 
 def parse_training_args(parser):
-    """The arguments of a stage that trains; with --resume what is not given is as it was."""
+    """The arguments of a stage that trains; with --resume what is not given is as it was.
+
+    Raises LicError for options that cannot go together.
+    """
     args = parser.parse_args()
-    if args.resume:
-        path = args.out + ".state"
-        saved = read_state(path, f"{path} holds no training state; start without --resume")
-        given_anew = ("resume", "finish", "overwrite", "out")
-        before = {k: v for k, v in saved["arguments"].items() if k not in given_anew}
-        parser.set_defaults(**before)
-        args = parser.parse_args()
-    return args
+    if args.finish and not args.resume:
+        raise LicError("--finish ends a run that was stopped: give --resume, too")
+    if args.validation and not args.data:
+        raise LicError("--validation needs --data, the photographs to train on")
+    if not args.resume:
+        return args
+    path = state_path(args.out)
+    if not Path(path).exists():
+        raise LicError(f"there is no {path} to go on from; start without --resume")
+    state = read_state(path, f"{path} holds no training state; start without --resume")
+    saved, command = state["arguments"], Path(sys.argv[0]).name
+    if state["command"] != command:
+        raise LicError(f"{path} is a run of {state['command']}, not of {command}")
+    for key in ("preset", "plan", "checkpoint", "lambdas", "control", "synthetic"):
+        given = vars(args).get(key)
+        if given != parser.get_default(key) and given != saved.get(key):
+            raise LicError(f"--resume: {key} was {saved.get(key)!r}, is {given!r}")
+    of_this_call = ("resume", "finish", "overwrite", "out")
+    parser.set_defaults(**{k: v for k, v in saved.items() if k not in of_this_call})
+    print(f"going on from {path}, step {state['step']} of {state['settings']['steps']}")
+    return parser.parse_args()
+
+
+def state_path(out):
+    """OUT.state, beside what OUT names if it is a link."""
+    return os.path.realpath(out) + ".state"
 
 
 def check_out(args):
@@ -73,14 +96,16 @@ def check_out(args):
     overwrite = args.overwrite or args.resume
     inputs = [name for name in (args.checkpoint, getattr(args, "plan", None)) if name]
     claim_output(args.out, ".pt", overwrite, inputs)
-    path = args.out + ".state"
+    path = state_path(args.out)
+    if Path(path).is_dir():
+        raise LicError(f"{path} is a folder, where the state of this run is to be; remove it")
     if overwrite or not args.steps or not Path(path).exists():
         return
     state = read_state(path, f"{path} is in the way and no training state; remove it")
     done, steps = state["step"], state["settings"]["steps"]
     if done < steps:
         what = f"{path} holds a run that was stopped at step {done} of {steps}"
-    elif not Path(args.out).exists():
+    elif not Path(args.out).exists() or not Path(args.out).stat().st_size:
         what = f"{path} holds a finished run whose checkpoint was not written"
     else:
         return
