@@ -19,7 +19,8 @@ import numpy as np
 import torch
 
 from lic.codec.checkpoint import load_checkpoint
-from lic.files import LicError, claim_output, read_bytes, run, write_bytes
+from lic.files import LicError, claim_output, read_bytes, write_bytes
+from lic.program import run
 from lic.images import dead_leaves, find_images, read_images, split
 from lic.measure import LOSSLESS, measure_checkpoint, measure_classical, points
 from lic.metrics import bd_rate, shared_range

@@ -16,7 +16,8 @@ import torch
 from lic.codec.checkpoint import FLOAT_STAGES, load_checkpoint, save_checkpoint
 from lic.codec.structure import kmac_per_pixel, parameters
 from lic.codec.tables import build_tables
-from lic.files import LicError, run
+from lic.files import LicError
+from lic.program import run
 from lic.images import fixed_crops
 from lic.options import make_parser
 from lic.shrink.plan import load_plan
@@ -66,7 +67,8 @@ def main():
     if plan:
         dense = model.config
         keep = {group: torch.tensor(kept) for group, kept in plan["keep"].items()}
-        model, J_cut = best_cut(model, keep, fixed_crops(train, plan["crops"], plan["crop"]))
+        calibration = fixed_crops(train, plan["crops"], plan["crop"])
+        model, J_cut = best_cut(model, keep, calibration, mean_loss)
         print(
             "J of the cut, geometric mean over the levels:",
             *(f"{how} {J:.4f}" for how, J in J_cut.items()),

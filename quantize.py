@@ -16,7 +16,7 @@ from lic.codec.checkpoint import FLOAT_STAGES, load_checkpoint, save_checkpoint
 from lic.codec.eight_bits import eight_bit_inputs, pixel_layers, quantize_layers
 from lic.codec.integer import freeze_h_s
 from lic.codec.tables import build_tables
-from lic.files import run
+from lic.program import run
 from lic.images import fixed_crops
 from lic.options import make_parser, positive_whole_number
 from lic.shrink.quantization import equalize, input_scales

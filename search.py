@@ -15,7 +15,8 @@ import numpy as np
 
 from lic.codec.checkpoint import FLOAT_STAGES, load_checkpoint
 from lic.codec.structure import total_stride
-from lic.files import LicError, claim_output, free_name, run, warn_of_slow_bf16
+from lic.files import LicError, claim_output, free_name
+from lic.program import run, warn_of_slow_bf16
 from lic.images import fixed_crops
 from lic.options import (
     make_parser,

@@ -13,7 +13,8 @@ from lic.codec.checkpoint import FLOAT_STAGES, load_checkpoint, save_checkpoint
 from lic.codec.model import PRESETS, Codec, preset_config
 from lic.codec.structure import parameters
 from lic.codec.tables import build_tables
-from lic.files import LicError, run
+from lic.files import LicError
+from lic.program import run
 from lic.images import fixed_crops
 from lic.options import make_parser, positive_number
 from lic.shrink.plan import load_plan

@@ -14,7 +14,7 @@ import torch
 from helpers import run_script
 from PIL import Image, features
 
-from lic import files
+from lic import files, program
 from lic.codec.checkpoint import load_checkpoint, save_checkpoint
 from lic.codec.tables import build_tables
 from lic.files import LicError, write_bytes
@@ -369,7 +369,7 @@ def test_freed_memory_is_kept():
     program = """if True:
         import resource, sys
         sys.path.insert(0, sys.argv[1])
-        from lic.files import keep_freed_memory
+        from lic.program import keep_freed_memory
         if sys.argv[2] == "keep":
             assert keep_freed_memory() is True
         for _ in range(2):
@@ -396,7 +396,7 @@ def test_amp_on_a_cpu_without_fast_bf16_is_warned_of_once(
     capability, times, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    files.warn_of_slow_bf16.cache_clear()
+    program.warn_of_slow_bf16.cache_clear()
     golden = Path(__file__).parent / "golden"
     compress = [
         "lic/__main__.py",

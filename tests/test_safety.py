@@ -14,7 +14,7 @@ import torch
 from helpers import ROOT, lively_codec, run_script
 from PIL import Image, PngImagePlugin
 
-from lic import files
+from lic import files, program
 from lic.codec.checkpoint import load_checkpoint, save_checkpoint
 from lic.codec.tables import build_tables
 from lic.files import LicError, claim_output, release_outputs, write_bytes
@@ -485,7 +485,7 @@ def test_a_log_is_only_that_of_the_program_while_it_runs():
     """`run` gives the streams back, whatever happens."""
     before = sys.stdout, sys.stderr
     with pytest.raises(SystemExit):
-        files.run(lambda: (_ for _ in ()).throw(LicError("x")))
+        program.run(lambda: (_ for _ in ()).throw(LicError("x")))
     assert (sys.stdout, sys.stderr) == before
 
 
@@ -601,7 +601,8 @@ def test_closed_streams_cost_no_result_and_leave_no_lock(tmp_path):
 def test_a_signal_at_any_time_leaves_no_lock(name, tmp_path):
     program = f"""if True:
         import os, signal
-        from lic.files import claim_output, run
+        from lic.files import claim_output
+        from lic.program import run
         def main():
             claim_output({str(tmp_path / "a.pt")!r}, ".pt")
             os.kill(os.getpid(), signal.{name})

@@ -31,7 +31,7 @@ from lic.codec.eight_bits import (
 )
 from lic.codec.integer import freeze_h_s
 from lic.codec.tables import build_tables
-from lic.files import run
+from lic.program import run
 from lic.images import find_images, fixed_crops, load_images, read_image
 from lic.measure import measure_level, points
 from lic.metrics import bd_rate

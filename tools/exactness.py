@@ -33,7 +33,8 @@ from lic import SHIPPED, load
 from lic.codec.entropy import LOG_SCALE_MIN, LOG_SCALE_STEP, SCALE_LEVELS
 from lic.codec.integer import IntegerHyperSynthesis
 from lic.codec.structure import total_stride
-from lic.files import BadStream, run
+from lic.files import BadStream
+from lic.program import run
 from lic.images import find_images, read_image
 from lic.metrics import psnr
 from lic.options import make_parser

@@ -17,7 +17,8 @@ import torch
 from lic.codec import checkpoint, coder, fast, strips, structure
 from lic.codec.header import SIZE, Header, crc_of_symbols, pack_file, read_header
 from lic.codec.integer import MAX_SYMBOL, IntegerHyperSynthesis
-from lic.files import MAX_PIXELS, BadStream, LicError, warn_of_slow_bf16
+from lic.files import MAX_PIXELS, BadStream, LicError
+from lic.program import warn_of_slow_bf16
 from lic.images import to_tensor
 
 

@@ -9,7 +9,6 @@ from lic.codec import structure
 from lic.codec.gdn import GDN
 from lic.codec.model import Codec
 from lic.shrink.statistics import best_prediction, observe
-from lic.train.loss import mean_loss
 
 
 @torch.no_grad()
@@ -37,16 +36,17 @@ def narrow(model, keep, statistics=None):
     return narrowed.to(memory_format=torch.channels_last)
 
 
-def best_cut(model, keep, x):
+def best_cut(model, keep, x, loss):
     """`narrow` with or without the fold, whichever has the lower J on the images x (B, 3, H, W).
 
-    Returns the codec and {"not folded": J, "folded": J}, geometric means over the levels.
+    loss: (codec, x) -> J of each level, (levels,). Returns the codec and
+    {"not folded": J, "folded": J}, geometric means over the levels.
     """
     codecs = {
         "not folded": narrow(model, keep),
         "folded": narrow(model, keep, observe(model, x)),
     }
-    J = {how: mean_loss(codec, x).log().mean().exp().item() for how, codec in codecs.items()}
+    J = {how: loss(codec, x).log().mean().exp().item() for how, codec in codecs.items()}
     return codecs[min(J, key=J.get)], J
 
 

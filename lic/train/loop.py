@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from lic.codec import structure
-from lic.files import LicError, warn_of_slow_bf16
+from lic.files import LicError
+from lic.program import warn_of_slow_bf16
 from lic.images import digest, load_images, random_crops
 from lic.options import multiple_of, positive_number, positive_whole_number, whole_number
 from lic.train.loss import level_weights, mean_loss, rate_distortion

@@ -1,0 +1,111 @@
+"""How a script runs: errors are one sentence, a log that cannot be written costs no result.
+
+And what it asks of the machine: to keep freed memory.
+"""
+
+import ctypes
+import functools
+import io
+import os
+import signal
+import sys
+
+from lic.files import LicError, release_outputs
+
+
+def keep_freed_memory():
+    """Have glibc, where there is one, keep the memory of a freed tensor for the next one.
+
+    Returns whether it did. By default large blocks go back to the system, which clears them page by
+    page when they are asked for again: that can take longer than a layer of GDN. Blocks up to
+    256 MiB are kept, or up to 32 where glibc allows no more; mallopt(3).
+    """
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):  # another C library
+        return False
+    kept = mallopt(M_MMAP_THRESHOLD, 2**28) or mallopt(M_MMAP_THRESHOLD, 2**25)
+    return bool(kept and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+@functools.cache
+def warn_of_slow_bf16():
+    """Say, once, that this CPU has no fast bf16, if torch finds AVX2 on it and no more.
+
+    docs/training.md has the figures.
+    """
+    import torch
+
+    if torch.backends.cpu.get_cpu_capability() == "AVX2":
+        print(
+            "warning: without AVX-512 this CPU computes bf16 several times slower than float32; "
+            "leave out --amp",
+            file=sys.stderr,
+        )
+
+
+def run(main):
+    """Call main(); a LicError is printed as a sentence, and its status is the exit status."""
+    keep_freed_memory()
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores the second
+            signal.signal(number, lambda signum, frame: sys.exit(128 + signum))
+    stdout, stderr = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = PatientLog(stdout), PatientLog(stderr)
+    try:
+        main()
+    except MemoryError:
+        print("error: not enough memory", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except LicError as error:
+        sys.stdout.flush()
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.status)
+    finally:
+        release_outputs()
+        sys.stdout.flush()
+        sys.stdout, sys.stderr = stdout, stderr
+
+
+class PatientLog(io.TextIOBase):
+    """A stream that ends its own output, and nothing else, when it cannot be written to.
+
+    A closed pipe or a full disk behind the log must not cost the work. Characters that the
+    terminal's encoding lacks are written as escapes.
+    """
+
+    def __init__(self, stream):
+        self.stream, self.broken = stream, stream is None  # None: it was closed before we began
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+    def write(self, text):
+        self._attempt(lambda: self.stream.write(text))
+        return len(text)
+
+    def flush(self):
+        self._attempt(lambda: self.stream.flush())
+
+    def _attempt(self, action):
+        if self.broken:
+            return
+        try:
+            action()
+        except (OSError, ValueError):
+            self.broken = True
+            # what is still buffered would fail again when Python ends
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.stream.fileno())
+            os.close(nowhere)
+
+    def isatty(self):
+        return not self.broken and self.stream.isatty()
+
+    def fileno(self):
+        if self.stream is None:
+            raise OSError("closed")
+        return self.stream.fileno()
