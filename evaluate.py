@@ -20,11 +20,11 @@ import torch
 
 from lic.codec.checkpoint import load_checkpoint
 from lic.files import LicError, claim_output, read_bytes, write_bytes
-from lic.program import run
 from lic.images import dead_leaves, find_images, read_images, split
 from lic.measure import LOSSLESS, measure_checkpoint, measure_classical, points
 from lic.metrics import bd_rate, shared_range
 from lic.options import make_parser
+from lic.program import run
 
 STAGES = ["runs/base.pt", "runs/pruned.pt", "runs/quantized.pt"]
 

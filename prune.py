@@ -17,9 +17,9 @@ from lic.codec.checkpoint import FLOAT_STAGES, load_checkpoint, save_checkpoint
 from lic.codec.structure import kmac_per_pixel, parameters
 from lic.codec.tables import build_tables
 from lic.files import LicError
-from lic.program import run
 from lic.images import fixed_crops
 from lic.options import make_parser
+from lic.program import run
 from lic.shrink.plan import load_plan
 from lic.shrink.pruning import best_cut
 from lic.train.loop import (

@@ -16,9 +16,9 @@ from lic.codec.checkpoint import FLOAT_STAGES, load_checkpoint, save_checkpoint
 from lic.codec.eight_bits import eight_bit_inputs, pixel_layers, quantize_layers
 from lic.codec.integer import freeze_h_s
 from lic.codec.tables import build_tables
-from lic.program import run
 from lic.images import fixed_crops
 from lic.options import make_parser, positive_whole_number
+from lic.program import run
 from lic.shrink.quantization import equalize, input_scales
 from lic.shrink.rounding import patch_moments, round_weights
 from lic.train.loop import HELD_OUT_CROPS, add_training_arguments, fit, images_for

@@ -16,7 +16,6 @@ import numpy as np
 from lic.codec.checkpoint import FLOAT_STAGES, load_checkpoint
 from lic.codec.structure import total_stride
 from lic.files import LicError, claim_output, free_name
-from lic.program import run, warn_of_slow_bf16
 from lic.images import fixed_crops
 from lic.options import (
     make_parser,
@@ -26,6 +25,7 @@ from lic.options import (
     share,
     whole_number,
 )
+from lic.program import run, warn_of_slow_bf16
 from lic.shrink import search
 from lic.shrink.plan import load_plan, save_plan
 from lic.shrink.pruning import importance, most_important, narrow

@@ -1,8 +1,10 @@
 """Train a codec: one model for all rate levels.
 
-python train.py                              synthetic images, a minute and a half on 2 cores
-python train.py --preset small --data photos/ --amp --steps 30000 --out runs/small.pt
-python train.py --checkpoint runs/small.pt --lr 1e-3 --crop 256 --batch 2 ...       go on
+    python train.py                              synthetic images, a minute and a half on 2 cores
+    python train.py --preset small --data photos/ --amp --steps 30000 --out runs/small.pt
+    python train.py --checkpoint runs/small.pt --lr 1e-3 --crop 256 --batch 2 ...       go on
+
+Each image of a batch is coded at a rate level of its own.
 """
 
 import lic.interrupt  # first: from here on Ctrl-C is a word
@@ -14,9 +16,9 @@ from lic.codec.model import PRESETS, Codec, preset_config
 from lic.codec.structure import parameters
 from lic.codec.tables import build_tables
 from lic.files import LicError
-from lic.program import run
 from lic.images import fixed_crops
 from lic.options import make_parser, positive_number
+from lic.program import run
 from lic.shrink.plan import load_plan
 from lic.train.loop import (
     HELD_OUT_CROPS,

@@ -17,8 +17,8 @@ from pathlib import Path
 from lic import SHIPPED, load
 from lic.codec.header import SIZE, read_header
 from lic.files import MAX_PIXELS, BadStream, LicError, claim_output, read_bytes, write_bytes
-from lic.program import run
 from lic.options import make_parser, positive_whole_number, whole_number
+from lic.program import run
 
 
 def parse_args():

@@ -29,8 +29,8 @@ from lic.codec.gdn import GDN
 from lic.codec.integer import IntegerHyperSynthesis
 from lic.codec.model import Codec, preset_config
 from lic.codec.tables import build_tables
-from lic.program import keep_freed_memory
 from lic.images import dead_leaves, fixed_crops, random_crops
+from lic.program import keep_freed_memory
 from lic.shrink.pruning import narrow
 from lic.shrink.statistics import layer_inputs, observe
 from lic.train.loss import mean_loss, rate_distortion

@@ -34,10 +34,10 @@ from lic.codec.entropy import LOG_SCALE_MIN, LOG_SCALE_STEP, SCALE_LEVELS
 from lic.codec.integer import IntegerHyperSynthesis
 from lic.codec.structure import total_stride
 from lic.files import BadStream
-from lic.program import run
 from lic.images import find_images, read_image
 from lic.metrics import psnr
 from lic.options import make_parser
+from lic.program import run
 
 PLAIN_THREADS = 2
 SETTINGS = {  # name: arguments of `setting`

@@ -18,8 +18,8 @@ from lic.codec import checkpoint, coder, fast, strips, structure
 from lic.codec.header import SIZE, Header, crc_of_symbols, pack_file, read_header
 from lic.codec.integer import MAX_SYMBOL, IntegerHyperSynthesis
 from lic.files import MAX_PIXELS, BadStream, LicError
-from lic.program import warn_of_slow_bf16
 from lic.images import to_tensor
+from lic.program import warn_of_slow_bf16
 
 
 def load_coder(path, amp=False):

@@ -17,9 +17,9 @@ import torch
 
 from lic.codec import structure
 from lic.files import LicError
-from lic.program import warn_of_slow_bf16
 from lic.images import digest, load_images, random_crops
 from lic.options import multiple_of, positive_number, positive_whole_number, whole_number
+from lic.program import warn_of_slow_bf16
 from lic.train.loss import level_weights, mean_loss, rate_distortion
 from lic.train.optimizer import Optimizer
 from lic.train.schedule import learning_rate
