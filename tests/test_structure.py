@@ -120,6 +120,9 @@ def test_the_order_of_the_layers_changes_nothing(monkeypatch):
         (Layer("g_s.conv3", "deconv", 5, 2, "g_s.1", "g_s.3", "igdn"), "one layer must read it"),
         (Layer("g_a.conv4", "conv", 5, 2, "g_a.3", "y", "gdn"), "nothing follows"),
         (Layer("g_a.conv2", "conv", 5, 2, "g_a.7", "g_a.2", "gdn"), "no layer makes"),
+        (Layer("g_a.conv2", "conv", 4, 2, "g_a.1", "g_a.2", "gdn"), "an odd kernel"),
+        (Layer("g_s.conv3", "conv", 5, 2, "g_s.2", "g_s.3", "igdn"), "its size back"),
+        (Layer("h_s.conv3", "deconv", 5, 2, "h_s.2", MEAN_AND_SCALE), "give y's"),
     ],
     ids=lambda v: v if isinstance(v, str) else v.name,
 )

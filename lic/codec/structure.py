@@ -35,7 +35,7 @@ MEAN_AND_SCALE = "mean and scale"  # made by h_s: the means of y's channels, the
 
 
 class Layer(NamedTuple):
-    name: str  # of its network and its place in it, as in a state_dict
+    name: str  # "NETWORK.convN", as in a state_dict
     kind: str  # "conv", or "deconv": a transposed convolution, which multiplies height and width
     kernel: int  # side, pixels
     stride: int
@@ -105,6 +105,7 @@ def check_layers():
     """Raise ValueError if LAYERS holds what the rest of the code does not know."""
     then = {layer.makes: layer.then for layer in LAYERS}
     readers = [layer.reads for layer in LAYERS]
+    names = [layer.name for layer in LAYERS]
     for layer in LAYERS:
         if layer.kind == "deconv" and (layer.kernel, layer.stride) != (5, 2):
             raise ValueError(
@@ -119,9 +120,14 @@ def check_layers():
             raise ValueError(f"{layer.name}: within g_a and g_s a layer is followed by GDN or IGDN")
         if layer.reads != IMAGE and layer.reads not in then:
             raise ValueError(f"{layer.name} reads {layer.reads}, which no layer makes")
+        if layer.kernel % 2 == 0 or names.count(layer.name) > 1:
+            raise ValueError(f"{layer.name}: an odd kernel, and one layer of a name")
     for group in groups():
         if group != "y" and readers.count(group) != 1:
             raise ValueError(f"{group}: one layer must read it; only y has two readers")
+    sizes = positions()
+    if sizes[IMAGE] != 1 or sizes[MEAN_AND_SCALE] != sizes["y"]:
+        raise ValueError("g_s must give the image its size back, and h_s give y's")
 
 
 def axes_of_group(model, group):
@@ -159,6 +165,8 @@ def positions():
     """Positions a pixel of the image: {"image": 1, "g_a.1": 1/4, ... "y": 1/16^2, "z": 1/64^2}."""
     table = {IMAGE: 1.0}
     for layer in LAYERS:
+        if layer.reads not in table:
+            raise ValueError(f"{layer.name} must stand below the layer that makes {layer.reads}")
         area = layer.stride**2
         here = table[layer.reads]
         table[layer.makes] = here / area if layer.kind == "conv" else here * area

@@ -98,8 +98,9 @@ def uniform_widths(config, target, of):
     tenth in S.
     """
     count = len(config["widths"])
-    # steps of 5 through the groups: neighbours in the table round far apart
-    stagger = [(5 * i % count + 0.5) / count for i in range(count)]
+    # steps of about 5 through the groups: neighbours in the table round far apart
+    step = next(step for step in (5, 7, 11, 13, 1) if math.gcd(step, count) == 1)
+    stagger = [(step * i % count + 0.5) / count for i in range(count)]
 
     def widths_of(ratio):
         widths = {}

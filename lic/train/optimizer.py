@@ -13,14 +13,14 @@ arXiv:2502.16982. What it gains is in docs/training.md, as is why torch.optim.Mu
 in bf16, is not used.
 
 The scale of an 8-bit input is a number like 0.005, and a step of Adam is as large as the rate: some
-percent of it at once, or all. Of its logarithm a step is as many parts of the scale, which stays
-positive.
+percent of it at once, or all. A step of its logarithm is a share of it, and it stays positive.
 """
 
 import torch
 
 CLIP_NORM = 1.0  # of what Adam trains; Muon's step does not depend on the size of the gradient
 MOMENTUM = 0.95
+SCALE_RATE = 25  # times the rate of all else, for the logarithms of scales (docs/quantization.md)
 # Jordan's polynomial a x + b x^3 + c x^5: five times it takes singular values to about 1
 NEWTON_SCHULZ, ITERATIONS = (3.4445, -4.7750, 2.0315), 5
 
@@ -68,9 +68,10 @@ class Optimizer:
                 self.others.append(parameter)
         self.momentum = [torch.zeros_like(self.matrix(kernel)) for kernel in self.kernels]
         self.logs = [scale.detach().log() for scale in self.scales]
-        self.adam = torch.optim.Adam(self.others)
+        groups = [{"params": self.others, "factor": 1}]
         if self.logs:  # their gradients are small: with Adam's usual eps some would never move
-            self.adam.add_param_group({"params": self.logs, "eps": 1e-15})
+            groups.append({"params": self.logs, "factor": SCALE_RATE, "eps": 1e-15})
+        self.adam = torch.optim.Adam(groups)
 
     @staticmethod
     def matrix(kernel):
@@ -95,7 +96,7 @@ class Optimizer:
             log.grad = scale.grad * scale  # dJ / d log s = s dJ / ds
         torch.nn.utils.clip_grad_norm_(self.others + self.logs, CLIP_NORM)
         for group in self.adam.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["factor"]
         self.adam.step()
         for log, scale in zip(self.logs, self.scales):
             scale.copy_(log.exp())
