@@ -18,7 +18,7 @@ from lic import SHIPPED, load
 from lic.codec.header import SIZE, read_header
 from lic.files import MAX_PIXELS, BadStream, LicError, claim_output, read_bytes, write_bytes
 from lic.options import make_parser, positive_whole_number, whole_number
-from lic.program import run
+from lic.program import enough_memory, run
 
 
 def parse_args():
@@ -78,16 +78,18 @@ def compress(args):
 
     claim_output(args.output, ".lic", args.overwrite, [args.input])
     image = read_image(args.input, args.max_pixels)
-    data = load(args.checkpoint, args.amp).encode(image, args.quality, args.max_pixels)
+    codec, size = load(args.checkpoint, args.amp), f"{image.shape[1]}x{image.shape[0]}"
+    with enough_memory(f"{size} pixels"):
+        data = codec.encode(image, args.quality, args.max_pixels)
     write_bytes(args.output, data)
-    size = f"{image.shape[1]}x{image.shape[0]}"
     print(f"{args.output}: {len(data)} bytes, {bits_per_pixel(len(data), image):.4f} bpp, {size}")
 
 
 def decompress(args):
     claim_output(args.output, ".png", args.overwrite, [args.input])
     codec = load(args.checkpoint, args.amp)
-    image = codec.decode(read_bytes(args.input), args.max_pixels)
+    with enough_memory(args.input):
+        image = codec.decode(read_bytes(args.input), args.max_pixels)
     write_bytes(args.output, png_bytes(image))
     print(f"{args.output}: {image.shape[1]}x{image.shape[0]}")
 

@@ -9,6 +9,7 @@ import io
 import os
 import signal
 import sys
+from contextlib import contextmanager
 
 from lic.files import LicError, release_outputs
 
@@ -54,10 +55,8 @@ def run(main):
     stdout, stderr = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = PatientLog(stdout), PatientLog(stderr)
     try:
-        main()
-    except MemoryError:
-        print("error: not enough memory", file=sys.stderr)
-        sys.exit(1)
+        with enough_memory("this"):
+            main()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -69,6 +68,19 @@ def run(main):
         release_outputs()
         sys.stdout.flush()
         sys.stdout, sys.stderr = stdout, stderr
+
+
+@contextmanager
+def enough_memory(what):
+    """Within it a lack of memory, Python's or torch's, is a LicError that names `what`."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+            raise
+        raise LicError(
+            f"not enough memory for {what}; make it smaller, or close something"
+        ) from error
 
 
 class PatientLog(io.TextIOBase):

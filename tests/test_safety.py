@@ -620,3 +620,29 @@ def test_an_interrupt_while_modules_load_is_one_word():
 def test_a_name_that_is_too_long_is_a_sentence(tmp_path):
     with pytest.raises(LicError, match="too long"):
         claim_output(tmp_path / ("x" * 300 + ".pt"), ".pt")
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")]
+)
+def test_a_lack_of_memory_is_a_sentence(error, tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("lic.codec.bitstream.ImageCoder.encode", fail)
+    command = ["compress", GOLDEN / "leaves.png", tmp_path / "a.lic"]
+    assert run_script(monkeypatch, "lic/__main__.py", *command) == 2
+    assert "not enough memory for 70x90 pixels" in capsys.readouterr().err
+
+
+def test_compiling_without_a_compiler_is_a_sentence(tmp_path, monkeypatch, capsys):
+    def fail(model, mode):
+        def forward(*_):
+            raise RuntimeError("no working C++ compiler\nand a long story")
+
+        return forward
+
+    monkeypatch.setattr(torch, "compile", fail)
+    arguments = [*TRAINING, "--compile", "--out", tmp_path / "a.pt"]
+    assert run_script(monkeypatch, *arguments) == 2
+    assert "--compile does not work here (no working C++ compiler)" in capsys.readouterr().err

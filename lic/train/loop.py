@@ -133,9 +133,7 @@ def fit(model, train, held_out, args, origin=None):
     settings, state = run_settings(model, train, args, origin), state_path(args.out)
     torch.backends.cudnn.benchmark = True  # the shapes never change
     model.to(args.device, memory_format=torch.channels_last)
-    # a step is a thousand small kernels, which take longer to launch than to run on a GPU;
-    # this mode records them as CUDA graphs
-    forward = torch.compile(model, mode="reduce-overhead") if args.compile else model
+    forward = compiled(model) if args.compile else model
     photographs = [torch.from_numpy(image).to(args.device) for image in train]
     held_out = held_out.to(args.device)
     optimizer = Optimizer(model)
@@ -185,6 +183,22 @@ def fit(model, train, held_out, args, origin=None):
                 raise Interrupted(f"interrupted after step {done}; go on with --resume")
     model.to("cpu").eval()
     return last
+
+
+def compiled(model):
+    """The model's forward, compiled; LicError where torch cannot, for want of a compiler, say."""
+    # a step is a thousand small kernels, which take longer to launch than to run on a GPU;
+    # this mode records them as CUDA graphs
+    fused = torch.compile(model, mode="reduce-overhead")
+
+    def forward(x, level):
+        try:
+            return fused(x, level)
+        except Exception as error:
+            reason = str(error).strip().split("\n")[0]
+            raise LicError(f"--compile does not work here ({reason}); leave it out") from error
+
+    return forward
 
 
 def remedy_for_spoilt_weights(state):
