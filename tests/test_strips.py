@@ -82,7 +82,9 @@ def test_files_are_the_same_in_strips(kind, height, width, small_strips):
     assert abs(sum(lengths[0]) - sum(lengths[1])) <= 2
     decoded = codec.decode(whole)
     assert decoded.shape == image.shape
-    assert np.abs(decoded.astype(int) - pixels).max() <= 1
+    off = np.abs(decoded.astype(int) - pixels)
+    # a last bit before an 8-bit input of g_s can flip an integer there (docs/porting.md)
+    assert off.max() <= (1 if kind == "float" else 8) and off.mean() < 0.01
     assert np.abs(codec.decode(stripped).astype(int) - pixels).mean() < 0.1
 
 
