@@ -646,3 +646,15 @@ def test_compiling_without_a_compiler_is_a_sentence(tmp_path, monkeypatch, capsy
     arguments = [*TRAINING, "--compile", "--out", tmp_path / "a.pt"]
     assert run_script(monkeypatch, *arguments) == 2
     assert "--compile does not work here (no working C++ compiler)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key", ["stage", "metrics", "lineage"])
+def test_a_checkpoint_without_its_history_is_damaged(key, tmp_path):
+    checkpoint = torch.load(GOLDEN / "codec.pt", weights_only=True)
+    if key == "lineage":
+        del checkpoint["lineage"][0]["steps"]
+    else:
+        del checkpoint[key]
+    torch.save(checkpoint, tmp_path / "a.pt")
+    with pytest.raises(LicError, match="a.pt is damaged"):
+        load_checkpoint(tmp_path / "a.pt")

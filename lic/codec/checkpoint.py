@@ -103,6 +103,13 @@ def table_of(tensors):
     return Tables(*map(np.ascontiguousarray, arrays))
 
 
+def has_history(checkpoint):
+    """Is there what the fingerprint does not cover? Raises UNREADABLE or says False."""
+    entries = [set(entry) for entry in checkpoint["lineage"]]
+    complete = all(entry == {"stage", "arguments", "steps", "data", "parent"} for entry in entries)
+    return complete and {"stage", "metrics"} <= checkpoint.keys()
+
+
 def load_checkpoint(path, stages=None):
     """Model (eval mode, channels_last, float32) and meta.
 
@@ -131,7 +138,7 @@ def load_checkpoint(path, stages=None):
         config, quantization = checkpoint["config"], checkpoint["quantization"]
         float_inputs = list(quantization.get("float_inputs", [])) if quantization else []
         found = fingerprint(config, quantization, state_dict, tables)
-        intact = found == checkpoint["fingerprint"]
+        intact = found == checkpoint["fingerprint"] and has_history(checkpoint)
     except UNREADABLE:
         intact = False
     if not intact:
