@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from lic.codec.bitstream import padded_pixels
 from lic.codec.checkpoint import load_checkpoint
-from lic.files import LicError, claim_output, read_bytes, write_bytes
+from lic.files import MAX_PIXELS, LicError, claim_output, read_bytes, write_bytes
 from lic.images import dead_leaves, find_images, read_images, split
 from lic.measure import LOSSLESS, measure_checkpoint, measure_classical, points
 from lic.metrics import bd_rate, shared_range
@@ -140,6 +141,8 @@ def images_of(args):
     paths = find_images(args.data)
     images = read_images(paths)
     for path, image in zip(paths, images):
+        if padded_pixels(*image.shape[:2]) > MAX_PIXELS:  # a long thin one, say
+            raise LicError(f"{path}, padded, has more than {MAX_PIXELS} pixels; leave it out")
         if (image == image[0, 0]).all():
             print(f"{path} is one colour; where it comes back exactly it counts as {LOSSLESS} dB")
     return split(images)[1] if args.held_out else images

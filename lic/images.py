@@ -48,9 +48,9 @@ def read_image(path, max_pixels=MAX_PIXELS):
     alone, since that does not tell whether pixels are missing, too.
     """
     try:
-        # an open file: given a path, Pillow maps some TIFFs into memory in the wrong shape
         if os.path.exists(path) and not os.path.isfile(path):
             raise ValueError("it is no ordinary file")
+        # an open file: given a path, Pillow maps some TIFFs into memory in the wrong shape
         with pillow_limits(), open(path, "rb") as data, Image.open(data) as file:
             width, height = file.size
             if width * height > max_pixels:

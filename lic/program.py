@@ -49,13 +49,14 @@ def warn_of_slow_bf16():
 def run(main):
     """Call main(); a LicError is printed as a sentence, and its status is the exit status."""
     keep_freed_memory()
+    before = {}
     for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
         if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores the second
-            signal.signal(number, lambda signum, frame: sys.exit(128 + signum))
+            before[number] = signal.signal(number, lambda signum, frame: sys.exit(128 + signum))
     stdout, stderr = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = PatientLog(stdout), PatientLog(stderr)
     try:
-        with enough_memory("this"):
+        with enough_memory("this work"):
             main()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -68,6 +69,8 @@ def run(main):
         release_outputs()
         sys.stdout.flush()
         sys.stdout, sys.stderr = stdout, stderr
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

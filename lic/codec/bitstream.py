@@ -31,7 +31,7 @@ def load_coder(path, amp=False):
 class ImageCoder:
     """Encodes and decodes with one model, on the CPU.
 
-    checkpoint.load gives model, tables and fingerprint. amp: g_a, h_a and g_s in bf16 autocast;
+    load_checkpoint gives model, tables and fingerprint. amp: g_a, h_a and g_s in bf16 autocast;
     a file made so is as valid and is read by any decoder.
     """
 
@@ -186,12 +186,12 @@ class ImageCoder:
 
 def check_image(image):
     """TypeError unless image is an array (H, W, 3) of uint8."""
-    found = f"{type(image).__name__}"
+    found = type(image).__name__
     if isinstance(image, np.ndarray):
         found = f"array {image.shape} of {image.dtype}"
-        if image.ndim == 3 and image.shape[2] == 3 and 0 not in image.shape:
-            if image.dtype == np.uint8:
-                return
+        has_shape = image.ndim == 3 and image.shape[2] == 3 and image.size > 0
+        if has_shape and image.dtype == np.uint8:
+            return
     raise TypeError(
         f"an image is an array (H, W, 3) of uint8, RGB from 0 to 255; this is {found}: "
         "lic.images.read_image gives such an array of any file"

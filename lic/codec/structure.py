@@ -4,8 +4,8 @@ LAYERS is the whole mean-scale hyperprior (Minnen, Ballé, Toderici, arXiv:1809.
 context model). All that must know the layers asks here: the model that is built, the parameters
 and multiply-accumulates that are counted, the channels that a cut removes, the range of each
 8-bit input, the loop over the integer h_s. Another architecture is another LAYERS, within what
-`check_layers` allows. (Which input gets how many bits is in
-eight_bits.py, the presets' widths are in model.py.)
+`check_layers` allows. (The number of bits of each input follows in eight_bits.py; the widths of the
+presets are in model.py.)
 
 A layer reads one group of channels and makes another. Twelve groups may be narrowed; with them
 go (the output of `python -m lic.codec.structure`):
@@ -79,8 +79,7 @@ PRIOR_PARAMETERS = 43  # a channel of z: 24 + 10 + 9 in entropy.EntropyBottlenec
 class Group(NamedTuple):
     made_by: str  # name of a layer
     gdn: str | None  # the GDN that normalises it
-    used_by: list  # names of layers; the first is the one in which errors of the group are judged:
-    # of y's two, g_s, which makes the picture
+    used_by: list  # names of layers; the first, of y's two that of g_s, is where errors are judged
 
 
 def layers_of(network):

@@ -27,8 +27,6 @@ from lic.train.state import load_state, save_state, state_path
 
 # what a state must have been trained with, in words: change it when a step computes anything else
 RECIPE = "Muon in float32 and Adam, leaky ReLU, decline over two thirds"
-
-
 HELD_OUT_CROPS = 16  # of other images, on which J is reported
 
 
@@ -122,7 +120,8 @@ def fit(model, train, held_out, args, origin=None):
 
     train: list of (H, W, 3) uint8; held_out: (B, 3, H, W), whose J is printed at each save;
     origin: what else the weights at step 0 came from, plain values, so that --resume notices
-    another. Saves to OUT.state at intervals and on Ctrl-C or SIGTERM, then raises Interrupted.
+    another. Saves to OUT.state at intervals, and on Ctrl-C, SIGTERM or SIGHUP before it raises
+    Interrupted.
     Raises LicError at the first gradient that is not finite. Returns the number of steps done:
     args.steps, or fewer with --finish.
     """
