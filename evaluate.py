@@ -22,9 +22,9 @@ from lic.codec.bitstream import padded_pixels
 from lic.codec.checkpoint import load_checkpoint
 from lic.files import MAX_PIXELS, LicError, claim_output, read_bytes, write_bytes
 from lic.images import dead_leaves, find_images, read_images, split
-from lic.measure import LOSSLESS, measure_checkpoint, measure_classical, points
+from lic.measure import LOSSLESS, Record, measure_checkpoint, measure_classical, points
 from lic.metrics import bd_rate, shared_range
-from lic.options import make_parser
+from lic.options import make_parser, whole_number
 from lic.program import run
 
 STAGES = ["runs/base.pt", "runs/pruned.pt", "runs/quantized.pt"]
@@ -40,6 +40,12 @@ def parse_args():
     add("--held-out", action="store_true",
         help="only the images that training with this folder holds out")
     add("--amp", action="store_true", help="code in bf16: faster on a CPU with AVX-512 bf16")
+    add("--effort", type=whole_number, nargs="+", default=[0],
+        help="steps of a search for better files, which may take hours; each of several is "
+        "measured (default: 0)")
+    add("--record",
+        help="JSON file that keeps the figures of each file once it is measured: a run that "
+        "stopped goes on from there")
     add("--published", help="JSON of published curves to compare with, as "
         "docs/kodak_published.json")
     add("--json", help="write all figures to this file")
@@ -148,10 +154,15 @@ def images_of(args):
     return split(images)[1] if args.held_out else images
 
 
+def name_of(result):
+    """The checkpoint's path; with effort, that too: it is no property of the codec."""
+    return result["path"] + (f", effort {result['effort']}" if result["effort"] else "")
+
+
 def show_checkpoint(result):
     macs, channels = result["kmac_per_pixel"], result["channels"]
     print(
-        f"\n{result['path']} ({result['stage']}): {result['parameters']:,} parameters, "
+        f"\n{name_of(result)} ({result['stage']}): {result['parameters']:,} parameters, "
         f"kMAC/pixel {macs['encoder']:.2f} to encode, {macs['decoder']:.2f} to decode, "
         f"{result['bytes']:,} bytes"
     )
@@ -160,11 +171,14 @@ def show_checkpoint(result):
     )
     for row in result["levels"]:
         ms_ssim_dB = -10 * np.log10(1 - row["ms_ssim"])
+        ideal, alive = "-", "-"
+        if "ideal_bpp" in row:  # not with --effort
+            ideal = f"{row['ideal_bpp']:.4f}"
+            alive = f"{row['alive_y']}/{channels['y']}, {row['alive_z']}/{channels['z']}"
         print(
-            f"  {row['lmbda']:<8} {row['bpp']:8.4f} {row['ideal_bpp']:9.4f} {row['psnr']:9.3f} "
+            f"  {row['lmbda']:<8} {row['bpp']:8.4f} {ideal:>9} {row['psnr']:9.3f} "
             f"{row['ms_ssim']:9.4f} {ms_ssim_dB:6.2f} {row['encode_seconds']:9.3f} "
-            f"{row['decode_seconds']:9.3f}  {row['alive_y']}/{channels['y']}, "
-            f"{row['alive_z']}/{channels['z']}",
+            f"{row['decode_seconds']:9.3f}  {alive}",
             flush=True,
         )
 
@@ -181,6 +195,7 @@ def main():
     published = load_published(args.published) if args.published else {}
     for path in args.checkpoints:
         load_checkpoint(path)  # refuse a bad one before measuring the others
+    record = Record(args.record)
     images = images_of(args)
     pixels = sum(image.shape[0] * image.shape[1] for image in images)
     precision = ", bf16" if args.amp else ""
@@ -188,8 +203,9 @@ def main():
 
     checkpoints = []
     for path in args.checkpoints:
-        checkpoints.append(measure_checkpoint(path, images, args.amp))
-        show_checkpoint(checkpoints[-1])
+        for effort in args.effort:
+            checkpoints.append(measure_checkpoint(path, images, args.amp, effort, record))
+            show_checkpoint(checkpoints[-1])
     classical = measure_classical(images)
     for name, rows in classical.items():
         print(f"\n{name}\n  quality     bpp   PSNR dB   MS-SSIM")
@@ -201,7 +217,7 @@ def main():
     for result in checkpoints:
         anchor = points(checkpoints[0]["levels"])
         result["bd_rate_percent"], _ = bd_rate(anchor, points(result["levels"]))
-    ours = {result["path"]: points(result["levels"]) for result in checkpoints}
+    ours = {name_of(result): points(result["levels"]) for result in checkpoints}
     others = {name: points(rows) for name, rows in classical.items()} | published
 
     if args.json:

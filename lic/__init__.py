@@ -4,11 +4,14 @@
     codec = lic.load("checkpoints/quantized.pt")   # without a name: the one that is shipped
     data = codec.encode(image, quality=2)          # (H, W, 3) uint8 -> bytes
     image = codec.decode(data)
+    data = lic.encode(codec, image, quality=2, effort=60)   # takes long, smaller at equal quality
 
 The command line is in __main__.py, the stages are scripts beside this folder.
 """
 
 from pathlib import Path
+
+from lic.files import MAX_PIXELS
 
 SHIPPED = Path(__file__).parent.parent / "checkpoints" / "quantized.pt"
 
@@ -18,3 +21,12 @@ def load(path=SHIPPED, amp=False):
     from lic.codec.bitstream import load_coder  # here: not all that imports lic needs torch
 
     return load_coder(path, amp)
+
+
+def encode(codec, image, quality=None, effort=0, max_pixels=MAX_PIXELS, verbose=False):
+    """codec.encode, with a search of so many steps for a better file: train/effort.py."""
+    if effort == 0:
+        return codec.encode(image, quality, max_pixels)
+    from lic.train.effort import encode  # here: a decoder does not need what trains
+
+    return encode(codec, image, quality, effort, max_pixels, verbose)

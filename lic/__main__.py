@@ -1,6 +1,6 @@
 """The codec on the command line.
 
-    python -m lic compress photo.png photo.lic
+    python -m lic compress photo.png photo.lic      with --effort 60: slower, and smaller
     python -m lic decompress photo.lic photo.png
     python -m lic info photo.lic                    or of a checkpoint
     python -m lic compare photo.png beside.png      a crop beside JPEG and WebP of as many bytes
@@ -14,7 +14,7 @@ import io
 import json
 from pathlib import Path
 
-from lic import SHIPPED, load
+from lic import SHIPPED, encode, load
 from lic.codec.header import SIZE, read_header
 from lic.files import MAX_PIXELS, BadStream, LicError, claim_output, read_bytes, write_bytes
 from lic.options import make_parser, positive_whole_number, whole_number
@@ -55,6 +55,9 @@ def parse_args():
         command.add_argument("--quality", type=float,
                              help="rate level, from 0, the smallest file; fractions are allowed "
                              "(default: the one in the middle)")
+        command.add_argument("--effort", type=whole_number, default=0,
+                             help="steps of a search for a better file, 60 or 200, say; one takes "
+                             "a second or two a megapixel (default: 0, no search)")
     comparing.add_argument("--crop", type=positive_whole_number, default=256,
                            help="side of the crop, pixels (default: 256)")
     comparing.add_argument("--at", type=whole_number, nargs=2, metavar=("X", "Y"),
@@ -80,7 +83,7 @@ def compress(args):
     image = read_image(args.input, args.max_pixels)
     codec, size = load(args.checkpoint, args.amp), f"{image.shape[1]}x{image.shape[0]}"
     with enough_memory(f"{size} pixels"):
-        data = codec.encode(image, args.quality, args.max_pixels)
+        data = encode(codec, image, args.quality, args.effort, args.max_pixels, verbose=True)
     write_bytes(args.output, data)
     print(f"{args.output}: {len(data)} bytes, {bits_per_pixel(len(data), image):.4f} bpp, {size}")
 
@@ -147,7 +150,7 @@ def compare(args):
         raise LicError(f"--at {x} {y} lies outside {args.input}, which is {width}x{height}")
     codec = load(args.checkpoint, args.amp)
     quality = codec.middle_level() if args.quality is None else args.quality
-    data = codec.encode(image, quality, args.max_pixels)
+    data = encode(codec, image, quality, args.effort, args.max_pixels, verbose=True)
     results = [("lic", quality, data, codec.decode(data, args.max_pixels))]
     results += [(form, *best_within(image, form, len(data))) for form in ("JPEG", "WEBP")]
     for name, quality, coded, decoded in results:

@@ -1,6 +1,7 @@
 """What evaluate.py and the tools measure: codecs with real files, and Pillow's beside them."""
 
 import io
+import json
 import tempfile
 import time
 from pathlib import Path
@@ -9,10 +10,12 @@ import numpy as np
 import torch
 from PIL import Image, features
 
+import lic
 from lic.codec import structure
 from lic.codec.bitstream import ImageCoder, padded, padded_pixels
 from lic.codec.checkpoint import load_checkpoint
-from lic.files import LicError
+from lic.files import LicError, claim_output, read_bytes, write_bytes
+from lic.images import digest
 from lic.metrics import ms_ssim, psnr
 
 CLASSICAL = {  # name: (Pillow format, feature to ask for, qualities)
@@ -40,10 +43,37 @@ def ideal_bits(model, image, level):
     return out.y_bits[0].double().numpy(), out.z_bits[0].double().numpy()
 
 
-def measure_image(coder, image, level, path):
+class Record:
+    """Figures of the files that an evaluation has measured, kept in a JSON file as it goes.
+
+    One that was stopped takes from it what is there. path: None for no file. Raises LicError for a
+    file that is no record.
+    """
+
+    def __init__(self, path=None):
+        self.path, self.figures = path, {}
+        if path is None:
+            return
+        claim_output(path, ".json", overwrite=True)
+        try:
+            if Path(path).exists():
+                self.figures = dict(json.loads(read_bytes(path)))
+        except (ValueError, TypeError) as error:
+            raise LicError(f"{path} is no record of measured files; name another") from error
+
+    def look_up(self, key, measure):
+        """The figures of `key`, by `measure()` if they are not known yet."""
+        if key not in self.figures:
+            self.figures[key] = measure()
+            if self.path:
+                write_bytes(self.path, json.dumps(self.figures, indent=1).encode())
+        return self.figures[key]
+
+
+def measure_image(coder, image, level, path, effort=0):
     """One file: its figures, and how many seconds it took to encode and to decode."""
     start = time.perf_counter()
-    data = coder.encode(image, level)
+    data = lic.encode(coder, image, level, effort)
     encoded = time.perf_counter()
     path.write_bytes(data)
     data = path.read_bytes()
@@ -59,20 +89,35 @@ def measure_image(coder, image, level, path):
     }
 
 
-def measure_level(model, coder, images, level, folder):
-    """One level of one checkpoint, averaged over the images; and how many channels are alive."""
-    rows, pixels, y_total, z_total = [], 0, 0, 0
+def measure_level(coder, images, level, folder, effort=0, record=None):
+    """One level of one checkpoint, averaged over the images."""
+    record = record or Record()
+    precision = "bf16" if coder.amp else "float32"
+    rows = []
     for image in images:
-        row = measure_image(coder, image, level, folder / "image.lic")
+        key = (
+            f"codec {coder.fingerprint.hex()}, image {digest(image).hex()}, level {level}, "
+            f"effort {effort}, {precision}, {torch.get_num_threads()} threads"
+        )
+
+        def measure():
+            return measure_image(coder, image, level, folder / "image.lic", effort)
+
+        rows.append(record.look_up(key, measure))
+    return {"lmbda": coder.model.lambdas[level], **mean_of(rows)}
+
+
+def ideal_level(model, images, level):
+    """The ideal rate of a level, without effort, and how many channels of y and z are alive."""
+    ideal_bpp, pixels, y_total, z_total = [], 0, 0, 0
+    for image in images:
         y_bits, z_bits = ideal_bits(model, image, level)
-        ideal = bits_per_pixel((y_bits.sum() + z_bits.sum()) / 8, image)
-        rows.append({**row, "ideal_bpp": ideal})
+        ideal_bpp.append(bits_per_pixel((y_bits.sum() + z_bits.sum()) / 8, image))
         pixels += padded_pixels(*image.shape[:2])
         y_total, z_total = y_total + y_bits, z_total + z_bits
     where = structure.positions()
     return {
-        "lmbda": model.lambdas[level],
-        **mean_of(rows),
+        "ideal_bpp": float(np.mean(ideal_bpp)),
         "alive_y": int((y_total / (pixels * where["y"]) > ALIVE).sum()),
         "alive_z": int((z_total / (pixels * where["z"]) > ALIVE).sum()),
     }
@@ -83,18 +128,23 @@ def mean_of(rows):
     return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
 
 
-def measure_checkpoint(path, images, amp):
+def measure_checkpoint(path, images, amp=False, effort=0, record=None):
+    """All levels of a checkpoint. effort: steps of train/effort.py; record: a Record or None."""
     model, meta = load_checkpoint(path)
     coder = ImageCoder(model, meta["tables"], meta["fingerprint"], amp)
     coder.decode(coder.encode(images[0], 0))  # warm-up
     levels = []
     with tempfile.TemporaryDirectory() as folder:
         for level in range(len(model.lambdas)):
-            levels.append(measure_level(model, coder, images, level, Path(folder)))
+            row = measure_level(coder, images, level, Path(folder), effort, record)
+            if effort == 0:
+                row |= ideal_level(model, images, level)
+            levels.append(row)
     macs, widths = structure.kmac_per_pixel(model.config), model.config["widths"]
     return {
         "path": path,
         "stage": meta["stage"],
+        "effort": effort,
         "parameters": structure.parameters(model.config),
         "kmac_per_pixel": {"encoder": macs["encoder"], "decoder": macs["decoder"]},
         "bytes": meta["bytes"],

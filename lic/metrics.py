@@ -12,9 +12,15 @@ from torch.nn import functional as F
 MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 
 
+def squared_error(a, b):
+    """Mean over pixels and channels of two (H, W, 3) uint8 images, in squared grey levels."""
+    difference = np.subtract(a, b, dtype=np.int16)  # uint8 would wrap around
+    return np.square(difference, dtype=np.int32).mean()
+
+
 def psnr(a, b):
     """Peak signal-to-noise ratio in dB of two (H, W, 3) uint8 images over all three channels."""
-    mse = np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2)  # uint8 would wrap around
+    mse = squared_error(a, b)
     return float("inf") if mse == 0 else 10 * math.log10(255**2 / mse)
 
 

@@ -275,7 +275,7 @@ def rate_curve(codec, images):
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for level in range(len(codec.lambdas)):
-            rows.append(measure_level(codec, coder, images, level, Path(folder)))
+            rows.append(measure_level(coder, images, level, Path(folder)))
     return points(rows)
 
 

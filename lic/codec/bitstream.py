@@ -47,15 +47,19 @@ class ImageCoder:
             self.h_s = copy.deepcopy(model.h_s).double()
         fast.speed_up(self)  # may be left out
 
-    @torch.inference_mode()
     def encode(self, image, quality=None, max_pixels=MAX_PIXELS):
         """image (H, W, 3) uint8 of any size -> bytes.
 
         quality: a rate level, 0 to levels - 1, in steps of 1/256; by default the one in the middle.
         Raises TypeError for an array of another kind, LicError for another quality or more than
-        max_pixels.
+        max_pixels. Files that are smaller at equal quality, and slow to make: train/effort.py.
         """
-        check_image(image)
+        level = self.level(quality)
+        y, z = self.latents(image, level, max_pixels)
+        return self.encode_latents(y, z, level, *image.shape[:2])
+
+    def level(self, quality=None):
+        """A quality as a file holds it, in steps of 1/256. Raises LicError for one out of range."""
         levels = len(self.model.lambdas)
         if quality is None:
             quality = self.middle_level()
@@ -63,17 +67,29 @@ class ImageCoder:
             raise LicError(
                 f"quality {quality} is not between 0 and {levels - 1}, this checkpoint's levels"
             )
-        quality = round(quality * 256)
+        return round(quality * 256) / 256
+
+    @torch.inference_mode()
+    def latents(self, image, level, max_pixels=MAX_PIXELS):
+        """What g_a, with the gains, and h_a make of an image, padded to multiples of 64.
+
+        y (1, M, H/16, W/16), z (1, Z, H/64, W/64), not rounded. level: from `level`. Raises as
+        `encode` does.
+        """
+        check_image(image)
         height, width = image.shape[:2]
         if padded_pixels(height, width) > max_pixels:
             raise LicError(
                 f"the image has {width}x{height} pixels, more than the limit of {max_pixels}; "
                 "raise it with --max-pixels, which the decoder will need too"
             )
-        gain, _ = self.model.gains(torch.tensor([quality / 256]))
-        y = self._analysis(pad_edges(image)) * gain  # (1, M, H/16, W/16)
-        z = self._hyper_analysis(y)  # (1, Z, H/64, W/64)
+        gain, _ = self.model.gains(torch.tensor([level]))
+        y = self._analysis(pad_edges(image)) * gain
+        return y, self._hyper_analysis(y)
 
+    @torch.inference_mode()
+    def encode_latents(self, y, z, level, height, width):
+        """The bytes of an image of height x width pixels from its latents, which it rounds."""
         z_symbols = integers(z, "z")
         mean, y_index = self._entropy_parameters(z_symbols.reshape(z.shape[1:]))
         y_symbols = integers(y - mean, "y")
@@ -83,7 +99,7 @@ class ImageCoder:
         words = [part.astype("<u4").tobytes() for part in (z_words, y_words)]
         escapes = [part.astype("<i4").tobytes() for part in (z_escapes, y_escapes)]
         lengths = len(z_words), len(y_words), len(z_escapes), len(y_escapes)
-        header = Header(quality, height, width, self.fingerprint, lengths)
+        header = Header(round(level * 256), height, width, self.fingerprint, lengths)
         symbols_crc = crc_of_symbols(header, z_symbols, y_symbols)
         return pack_file(header, symbols_crc, b"".join(words + escapes))
 

@@ -142,7 +142,7 @@ def fit(model, train, held_out, args, origin=None):
     if not args.resume:  # an older run's state is not what this one goes on from
         Path(state).unlink(missing_ok=True)
     last = first if args.finish else args.steps
-    progress = Progress(args.steps)
+    progress = Progress(args.steps, first)
     with signals_kept() as interrupted:
         for step in range(first, last):
             rng = np.random.default_rng([args.seed, step])
@@ -165,9 +165,7 @@ def fit(model, train, held_out, args, origin=None):
                 )
             with torch.no_grad():
                 psnr = -10 * torch.log10(mse)
-                progress.update(
-                    step + 1, loss=loss, bpp_y=y_bpp.mean(), bpp_z=z_bpp.mean(), psnr=psnr.mean()
-                )
+                progress.update(loss=loss, bpp_y=y_bpp.mean(), bpp_z=z_bpp.mean(), psnr=psnr.mean())
             done = step + 1
             if interrupted or done == args.steps or done % args.save_every == 0:
                 J = mean_loss(model, held_out, args.amp)
@@ -227,27 +225,29 @@ def signals_kept():
 class Progress:
     """Averages what a loop reports and prints it about every ten seconds.
 
-    With the time left at the pace since the line before.
+    With the time left at the pace since the line before. steps: of the whole loop; done: where it
+    starts.
     """
 
-    def __init__(self, steps):
-        self.steps, self.printed = steps, time.monotonic()
+    def __init__(self, steps, done=0):
+        self.steps, self.done, self.printed = steps, done, time.monotonic()
         self.sums, self.count = {}, 0
 
-    def update(self, step, **figures):
-        """step: how many are done; figures: 0-d tensors, averaged until the next line."""
+    def update(self, **figures):
+        """One more step is done. figures: 0-d tensors, averaged until the next line."""
         for name, value in figures.items():
             self.sums[name] = self.sums.get(name, 0) + value
         self.count += 1
+        self.done += 1
         now = time.monotonic()
-        if step < self.steps and now - self.printed < 10:
+        if self.done < self.steps and now - self.printed < 10:
             return
         pace = (now - self.printed) / self.count
-        minutes, seconds = divmod(int(pace * (self.steps - step)), 60)
+        minutes, seconds = divmod(int(pace * (self.steps - self.done)), 60)
         means = {name: float(total) / self.count for name, total in self.sums.items()}
         text = "  ".join(f"{name} {mean:.4f}" for name, mean in means.items())
         print(
-            f"step {step}/{self.steps}  {text}  {pace:.3f} s/step  "
+            f"step {self.done}/{self.steps}  {text}  {pace:.3f} s/step  "
             f"left {minutes // 60}:{minutes % 60:02}:{seconds:02}",
             flush=True,
         )

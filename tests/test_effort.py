@@ -1,0 +1,203 @@
+"""The encoder that searches: never worse, only its own latents, and nothing new to decode."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from golden.make import FOLDER
+from helpers import lively_codec, photo_like, quantized_codec, run_script
+
+import lic
+from lic import measure
+from lic.codec.bitstream import ImageCoder
+from lic.codec.tables import build_tables
+from lic.files import LicError
+from lic.metrics import squared_error
+from lic.train import effort
+from lic.train.effort import Window, annealed, lmbda_of, search, temperature, tiles_of
+
+SIZES = [(1, 1), (40, 70), (65, 128), (128, 192)]
+
+
+@pytest.fixture(scope="module", params=["float", "quantized"])
+def coder(request):
+    model = lively_codec() if request.param == "float" else quantized_codec()
+    return ImageCoder(model, build_tables(model), "00112233445566778899")
+
+
+def picture(height, width):
+    pixels = photo_like()[0, :, :height, :width].permute(1, 2, 0)
+    return (255 * pixels).round().to(torch.uint8).numpy()
+
+
+def loss(coder, image, data, level):
+    bpp = 8 * len(data) / (image.shape[0] * image.shape[1])
+    return bpp + lmbda_of(coder.model, level) * squared_error(image, coder.decode(data))
+
+
+@pytest.mark.parametrize("height, width", SIZES)
+@pytest.mark.parametrize("quality", [0, 1.5, 3])
+def test_effort_never_makes_a_file_worse(coder, height, width, quality):
+    image = picture(height, width)
+    plain = coder.encode(image, quality)
+    searched = effort.encode(coder, image, quality, effort=3)
+    assert coder.decode(searched).shape == image.shape
+    assert loss(coder, image, searched, quality) <= loss(coder, image, plain, quality)
+
+
+def test_where_the_search_finds_nothing_better_the_plain_file_stays(coder, monkeypatch):
+    def worse(coder, image, y, z, *others):
+        return y + 3, z
+
+    monkeypatch.setattr(effort, "search", worse)
+    image = picture(64, 64)
+    assert effort.encode(coder, image, 1) == coder.encode(image, 1)
+
+
+def test_effort_gains_and_more_effort_gains_more():
+    """Of the codec that is shipped, on a photograph."""
+    codec, image = lic.load(), np.asarray(lic.images.read_image(FOLDER / "leaves.png"))[:128, :128]
+    losses = [loss(codec, image, lic.encode(codec, image, 2, steps), 2) for steps in (0, 10, 60)]
+    assert losses[1] < 0.995 * losses[0] and losses[2] < 0.99 * losses[1]
+
+
+def test_the_search_is_the_same_every_time_and_leaves_the_codec_as_it_was(coder):
+    image, before = picture(64, 64), coder.encode(picture(64, 64), 1)
+    torch.manual_seed(5)
+    first = effort.encode(coder, image, 1, effort=2)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    torch.rand(3)
+    torch.manual_seed(5)
+    assert effort.encode(coder, image, 1, effort=2) == first
+    assert torch.rand(1) == expected
+    assert coder.encode(image, 1) == before
+    assert all(parameter.requires_grad for parameter in coder.model.g_s.parameters())
+
+
+@pytest.mark.parametrize("tau", [0.5, 0.2])
+def test_a_latent_goes_up_as_often_as_the_formula_says(tau):
+    v = torch.full((100_000,), -2.7)  # 0.3 above -3
+    share = (annealed(v, tau, torch.Generator().manual_seed(0)) > -2.5).double().mean().item()
+    expected = 0.3 ** (1 / tau) / (0.3 ** (1 / tau) + 0.7 ** (1 / tau))
+    assert abs(share - expected) < 0.005
+
+
+def test_an_integer_stays_and_the_gradient_is_that_of_the_formula():
+    noise = torch.Generator().manual_seed(0)
+    integers = torch.arange(-3.0, 4)
+    assert (annealed(integers, 0.5, noise) - integers).abs().max() < 0.01
+    v = torch.tensor([0.4, -1.3], dtype=torch.float64, requires_grad=True)
+
+    def seeded(v):
+        return annealed(v, 0.5, torch.Generator().manual_seed(1))
+
+    assert torch.autograd.gradcheck(seeded, v)
+
+
+def test_tau_is_held_and_then_falls():
+    taus = [temperature(step / 100) for step in range(100)]
+    assert taus[:36] == [0.5] * 36
+    assert all(later < earlier for earlier, later in zip(taus[35:], taus[36:]))
+    assert taus[-1] == pytest.approx(0.5 * np.exp(-2 * 0.64))
+
+
+@pytest.mark.parametrize("rows, columns", [(1, 1), (12, 13), (47, 63), (1, 100)])
+def test_tiles_cover_every_position_once(rows, columns):
+    met = torch.zeros(rows, columns, dtype=torch.int)
+    for tile in tiles_of(rows, columns):
+        tile.of(met).add_(1)
+        assert max(tile.bottom - tile.top, tile.right - tile.left) <= effort.TILE
+    assert (met == 1).all()
+
+
+def test_a_window_keeps_its_place():
+    grid = torch.arange(8 * 10).reshape(8, 10)
+    tile = Window(2, 4, 7, 9)
+    wide = tile.wider(3, 8, 10)
+    assert wide == (0, 7, 4, 10)
+    assert torch.equal(tile.inside(wide).of(wide.of(grid)), tile.of(grid))
+    fine = grid.repeat_interleave(4, 0).repeat_interleave(4, 1)
+    assert torch.equal(tile.times(4).of(fine)[::4, ::4], tile.of(grid))
+
+
+def test_a_tile_changes_its_own_latents_and_no_others(coder):
+    image = picture(128, 192)
+    y, z = coder.latents(image, 1.0)
+    model = lively_codec() if not coder.model.quantization else quantized_codec()
+    model.requires_grad_(False)
+    new_y, new_z = y.clone(), z.clone()
+    noise = torch.Generator().manual_seed(0)
+    effort.search_tile(model, image, new_y, new_z, Window(0, 1, 1, 2), 1.0, 0.01, 1, noise, None)
+    changed_y, changed_z = (new_y != y).any(1)[0], (new_z != z).any(1)[0]
+    assert changed_y[:4, 4:8].all() and changed_y.sum() == 16
+    assert changed_z[0, 1] and changed_z.sum() == 1
+
+
+def test_tiles_find_what_the_whole_picture_finds(monkeypatch):
+    """A first step moves a latent by the sign of its gradient: a tile must see the same gradient
+    of the distortion as the whole picture."""
+    model = lively_codec()
+    coder = ImageCoder(model, build_tables(model), "00112233445566778899")
+    image = picture(128, 192)
+    y, z = coder.latents(image, 1.0)
+    monkeypatch.setattr(effort, "annealed", lambda v, tau, noise: v)  # no noise to differ by
+    whole_y, _ = search(coder, image, y, z, 1.0, 100.0, steps=1)
+    monkeypatch.setattr(effort, "TILE", 1)
+    tiles_y, _ = search(coder, image, y, z, 1.0, 100.0, steps=1)
+    agree = (torch.sign(tiles_y - y) == torch.sign(whole_y - y)).double().mean()
+    assert agree > 0.9
+
+
+def test_between_two_levels_lambda_is_their_geometric_mean(coder):
+    lambdas = coder.model.lambdas
+    assert lmbda_of(coder.model, 2) == pytest.approx(lambdas[2])
+    assert lmbda_of(coder.model, 1.5) == pytest.approx((lambdas[1] * lambdas[2]) ** 0.5)
+
+
+def test_the_command_says_how_it_goes_and_what_came_of_it(tmp_path, monkeypatch, capsys):
+    output = tmp_path / "a.lic"
+    command = ["lic/__main__.py", "compress", FOLDER / "leaves.png", output, "--effort", 2]
+    assert run_script(monkeypatch, *command) == 0
+    printed = capsys.readouterr().out
+    assert "step 2/2  J " in printed and "plain     J " in printed and "searched  J " in printed
+    assert lic.load().decode(output.read_bytes()).shape[2] == 3
+
+
+def test_ctrl_c_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(effort, "search_tile", interrupted)
+    command = ["lic/__main__.py", "compress", FOLDER / "leaves.png", tmp_path / "a.lic"]
+    assert run_script(monkeypatch, *command, "--effort", 2) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_evaluation_that_stopped_goes_on_from_its_record(tmp_path, monkeypatch):
+    checkpoint, record, photos = FOLDER / "quantized.pt", tmp_path / "r.json", tmp_path / "photos"
+    photos.mkdir()
+    for name in ("leaves.png", "noise.png"):
+        (photos / name).write_bytes((FOLDER / name).read_bytes())
+    measured = []
+
+    def counted(coder, image, level, path, effort):
+        if len(measured) == 5:
+            raise KeyboardInterrupt
+        measured.append((level, effort))
+        return {"bpp": 1.0 + level + len(measured) / 10, "psnr": 30.0 + level, "ms_ssim": 0.9,
+                "encode_seconds": 1.0, "decode_seconds": 1.0}  # fmt: skip
+
+    monkeypatch.setattr(measure, "measure_image", counted)
+    command = ["evaluate.py", checkpoint, "--data", photos, "--effort", 0, 1, "--record", record]
+    statuses = []
+    while not statuses or statuses[-1] == 130:
+        measured.clear()
+        statuses.append(run_script(monkeypatch, *command))
+    assert statuses == [130, 130, 0] and len(measured) == 2
+    assert len(json.loads(record.read_text())) == 2 * 3 * 2  # images, levels, efforts
+    record.write_text("[1]")
+    with pytest.raises(LicError, match="no record"):
+        measure.Record(record)
