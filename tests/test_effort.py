@@ -14,8 +14,9 @@ from lic.codec.bitstream import ImageCoder
 from lic.codec.tables import build_tables
 from lic.files import LicError
 from lic.metrics import squared_error
-from lic.train import effort
-from lic.train.effort import Window, annealed, lmbda_of, search, temperature, tiles_of
+from lic.train import effort, tiles
+from lic.train.effort import annealed, lmbda_of, search, temperature
+from lic.train.tiles import Window, tiles_of
 
 SIZES = [(1, 1), (40, 70), (65, 128), (128, 192)]
 
@@ -107,8 +108,8 @@ def test_tau_is_held_and_then_falls():
 def test_tiles_cover_every_position_once(rows, columns):
     met = torch.zeros(rows, columns, dtype=torch.int)
     for tile in tiles_of(rows, columns):
-        tile.of(met).add_(1)
-        assert max(tile.bottom - tile.top, tile.right - tile.left) <= effort.TILE
+        tile.z.of(met).add_(1)
+        assert max(tile.z.bottom - tile.z.top, tile.z.right - tile.z.left) <= tiles.TILE
     assert (met == 1).all()
 
 
@@ -122,14 +123,19 @@ def test_a_window_keeps_its_place():
     assert torch.equal(tile.times(4).of(fine)[::4, ::4], tile.of(grid))
 
 
-def test_a_tile_changes_its_own_latents_and_no_others(coder):
+def test_a_tile_changes_its_own_latents_and_no_others(coder, monkeypatch):
+    monkeypatch.setattr(tiles, "TILE", 1)
     image = picture(128, 192)
     y, z = coder.latents(image, 1.0)
     model = lively_codec() if not coder.model.quantization else quantized_codec()
     model.requires_grad_(False)
     new_y, new_z = y.clone(), z.clone()
     noise = torch.Generator().manual_seed(0)
-    effort.search_tile(model, image, new_y, new_z, Window(0, 1, 1, 2), 1.0, 0.01, 1, noise, None)
+
+    def ignore(y, z, **figures):
+        pass
+
+    effort.search_tile(model, image, new_y, new_z, tiles_of(2, 3)[1], 1.0, 0.01, 1, noise, ignore)
     changed_y, changed_z = (new_y != y).any(1)[0], (new_z != z).any(1)[0]
     assert changed_y[:4, 4:8].all() and changed_y.sum() == 16
     assert changed_z[0, 1] and changed_z.sum() == 1
@@ -144,7 +150,7 @@ def test_tiles_find_what_the_whole_picture_finds(monkeypatch):
     y, z = coder.latents(image, 1.0)
     monkeypatch.setattr(effort, "annealed", lambda v, tau, noise: v)  # no noise to differ by
     whole_y, _ = search(coder, image, y, z, 1.0, 100.0, steps=1)
-    monkeypatch.setattr(effort, "TILE", 1)
+    monkeypatch.setattr(tiles, "TILE", 1)
     tiles_y, _ = search(coder, image, y, z, 1.0, 100.0, steps=1)
     agree = (torch.sign(tiles_y - y) == torch.sign(whole_y - y)).double().mean()
     assert agree > 0.9

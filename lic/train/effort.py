@@ -18,23 +18,21 @@ docs/effort.md.
 
 import copy
 import math
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from lic.codec.entropy import soft_limit
-from lic.codec.strips import coarse_side, reach
 from lic.files import MAX_PIXELS
 from lic.images import to_tensor
 from lic.metrics import psnr, squared_error
 from lic.train.loop import Progress
+from lic.train.tiles import tiles_of
 
 LEARNING_RATE = 0.01  # of Adam: about as far does a latent move in a step
 TAU, TAU_HELD, TAU_FALL = 0.5, 0.35, 2.0  # see `temperature`
 SOFTNESS = 0.5
 NEAREST = 1e-4  # to an integer; a latent that is nearer counts as so near
-TILE = 12  # positions of z, 768 pixels: the longest side of what is searched at once
 
 
 def encode(coder, image, quality=None, effort=60, max_pixels=MAX_PIXELS, verbose=False):
@@ -57,57 +55,14 @@ def encode(coder, image, quality=None, effort=60, max_pixels=MAX_PIXELS, verbose
         bpp = 8 * len(data) / (image.shape[0] * image.shape[1])
         losses.append(bpp + lmbda * squared_error(image, decoded))
         if verbose:
-            print(f"{name:8}  J {losses[-1]:.4f}  bpp {bpp:.4f}  psnr {psnr(image, decoded):.4f}")
+            dB = psnr(image, decoded)
+            print(f"{name:8}  J {losses[-1]:.4f}  bpp {bpp:.4f}  psnr {dB:.4f}")
     return searched if losses[1] < losses[0] else plain
 
 
 def lmbda_of(model, level):
     """lambda of a level; between two levels their geometric mean, weighted as that of the gains."""
     return math.exp(np.interp(level, range(len(model.lambdas)), np.log(model.lambdas)))
-
-
-class Window(NamedTuple):
-    """A rectangle of rows and columns."""
-
-    top: int
-    bottom: int
-    left: int
-    right: int
-
-    def of(self, tensor):
-        """Its part of a tensor (..., rows, columns)."""
-        return tensor[..., self.top : self.bottom, self.left : self.right]
-
-    def wider(self, margin, rows, columns):
-        """With a margin on each side, within `rows` and `columns`."""
-        return Window(
-            max(0, self.top - margin),
-            min(rows, self.bottom + margin),
-            max(0, self.left - margin),
-            min(columns, self.right + margin),
-        )
-
-    def times(self, factor):
-        """The same rectangle where rows and columns are so many times finer."""
-        return Window(*(factor * edge for edge in self))
-
-    def inside(self, outer):
-        """The same rectangle, counted from the upper left corner of another."""
-        top, left = outer.top, outer.left
-        return Window(self.top - top, self.bottom - top, self.left - left, self.right - left)
-
-
-def tiles_of(rows, columns):
-    """Windows of at most TILE rows and columns that cover all, of nearly the same size."""
-
-    def cuts(length):
-        count = -(-length // TILE)
-        edges = [length * k // count for k in range(count + 1)]
-        return list(zip(edges[:-1], edges[1:]))
-
-    return [
-        Window(*vertical, *horizontal) for vertical in cuts(rows) for horizontal in cuts(columns)
-    ]
 
 
 def search(coder, image, y, z, level, lmbda, steps, verbose=False):
@@ -120,38 +75,38 @@ def search(coder, image, y, z, level, lmbda, steps, verbose=False):
     y, z = y.clone(), z.clone()  # coder.latents made them in inference mode, without gradients
     tiles, noise = tiles_of(*z.shape[2:]), torch.Generator().manual_seed(0)
     progress = Progress(len(tiles) * steps) if verbose else None
+
+    def report(y, z, **figures):
+        if progress:
+            progress.update(**{name: value.detach() for name, value in figures.items()})
+
     for tile in tiles:
         with torch.autocast("cpu", torch.bfloat16, enabled=coder.amp):
-            search_tile(model, image, y, z, tile, level, lmbda, steps, noise, progress)
+            search_tile(model, image, y, z, tile, level, lmbda, steps, noise, report)
     return y, z
 
 
-def search_tile(model, image, y, z, tile, level, lmbda, steps, noise, progress):
-    """Replace the latents of a tile, a Window in positions of z, in y and z, by better ones."""
-    y_side, z_side = coarse_side("g_s"), coarse_side("h_s")  # 16 and 64 pixels
-    # On z the coding of y depends so far away; on y's the pixels, and these on further y's.
-    z_seen = tile.wider(reach("h_s"), *z.shape[2:])
-    y_margin = math.ceil(2 * reach("g_s") * y_side / z_side)
-    y_seen = tile.wider(y_margin, *z.shape[2:]).times(z_side // y_side)
-    pixels = y_seen.times(y_side)
-    x = to_tensor([image[pixels.top : pixels.bottom, pixels.left : pixels.right]])  # not padded
+def search_tile(model, image, y, z, tile, level, lmbda, steps, noise, report):
+    """Replace the latents of a Tile in y and z by better ones.
 
-    tile_y = tile.times(z_side // y_side)
-    own_z, own_y = (torch.zeros(v.shape[2:], dtype=torch.bool) for v in (z, y))
-    tile.of(own_z)[:] = True
-    tile_y.of(own_y)[:] = True
-    own_z, own_y = z_seen.of(own_z), y_seen.of(own_y)
-    part_z = z_seen.of(z).clone().requires_grad_()
-    part_y = y_seen.of(y).clone().requires_grad_()
-    coded = y_seen.inside(z_seen.times(z_side // y_side))
+    report is called after each step with the latents of the tile and its margins and with J, bpp
+    and PSNR of what was tried.
+    """
+    rows, columns = slice(*tile.pixels[:2]), slice(*tile.pixels[2:])
+    x = to_tensor([image[rows, columns]])  # as far as the image goes, not padded
+    y_part = tile.y_seen.of(y).clone().requires_grad_()
+    z_part = tile.z_seen.of(z).clone().requires_grad_()
+    y_inside, z_inside = tile.y.inside(tile.y_seen), tile.z.inside(tile.z_seen)
+    own_y, own_z = y_inside.mask_of(y_part), z_inside.mask_of(z_part)
+    coded = tile.y_seen.inside(tile.z_seen.times(y.shape[2] // z.shape[2]))
     _, inverse_gain = model.gains(torch.tensor([level]))
 
-    adam = torch.optim.Adam([part_y, part_z], lr=LEARNING_RATE)
+    adam = torch.optim.Adam([y_part, z_part], lr=LEARNING_RATE)
     for step in range(steps):
         tau = temperature(step / steps)
-        z_hat = torch.where(own_z, annealed(part_z, tau, noise), part_z.round())
+        z_hat = torch.where(own_z, annealed(z_part, tau, noise), z_part.round())
         mean, log_scale = coded.of(model.h_s(z_hat).to(x.dtype)).chunk(2, 1)
-        residual = part_y - mean
+        residual = y_part - mean
         y_hat = mean + torch.where(own_y, annealed(residual, tau, noise), residual.round())
         x_hat = model.g_s(y_hat * inverse_gain).to(x.dtype) + 0.5
         x_hat = x_hat[:, :, : x.shape[2], : x.shape[3]]  # what was padded is not looked at
@@ -164,12 +119,11 @@ def search_tile(model, image, y, z, tile, level, lmbda, steps, noise, progress):
         adam.zero_grad()
         J.backward()
         adam.step()
-        if progress:
-            figures = {"J": J, "bpp": bpp, "psnr": -10 * torch.log10(mse)}
-            progress.update(**{name: value.detach() for name, value in figures.items()})
+        with torch.no_grad():
+            report(y_part, z_part, J=J, bpp=bpp, psnr=-10 * torch.log10(mse))
     with torch.no_grad():
-        tile.of(z)[:] = tile.inside(z_seen).of(part_z)
-        tile_y.of(y)[:] = tile_y.inside(y_seen).of(part_y)
+        tile.y.of(y)[:] = y_inside.of(y_part)
+        tile.z.of(z)[:] = z_inside.of(z_part)
 
 
 def temperature(progress):

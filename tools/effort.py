@@ -1,0 +1,250 @@
+"""What the search of lic/train/effort.py does, and what each part of it is worth.
+
+    python tools/effort.py picture docs/coffee.png --curves curves.png --bits bits.png
+    python tools/effort.py variants photos/ --levels 0 2 4
+
+picture: two plots (with matplotlib). The curves: J of the picture by step, its latents rounded as
+for a file, by annealing and by rounding straight through. The bits: where in the picture they lie,
+before the search and after. variants: how much other formulas, rates and numbers of steps change J
+of rounded latents, a mean over the centres of some photographs.
+"""
+
+import argparse
+import io
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from evaluate import import_pyplot
+from lic import SHIPPED, load
+from lic.codec.bitstream import padded
+from lic.codec.gradients import round_ste
+from lic.files import LicError, claim_output, write_bytes
+from lic.images import find_images, fixed_crops, read_image, read_images
+from lic.options import positive_whole_number, whole_number
+from lic.program import run
+from lic.train import effort
+from lic.train.effort import annealed
+from lic.train.tiles import tiles_of
+
+
+def straight_through(v, tau, noise):
+    return round_ste(v)
+
+
+def with_atanh(v, tau, noise):
+    """The paper's formula, but for a SOFTNESS that stays."""
+    low = v.detach().floor()
+    d = (v - low).clamp(effort.NEAREST, 1 - effort.NEAREST)
+    towards_upper = (torch.atanh(d) - torch.atanh(1 - d)) / tau
+    towards_upper = towards_upper + torch.logit(torch.rand(v.shape, generator=noise), 1e-4)
+    return low + torch.sigmoid(towards_upper / effort.SOFTNESS)
+
+
+def with_falling_softness(v, tau, noise):
+    with mock.patch.object(effort, "SOFTNESS", tau):
+        return annealed(v, tau, noise)
+
+
+def as_in_the_paper(v, tau, noise):
+    with mock.patch.object(effort, "SOFTNESS", tau):
+        return with_atanh(v, tau, noise)
+
+
+def without_noise(v, tau, noise):
+    low = v.detach().floor()
+    return low + torch.sigmoid(torch.logit(v - low, effort.NEAREST) / tau / effort.SOFTNESS)
+
+
+def z_rounded(v, tau, noise):
+    """z comes at a sixteenth of the positions of y; it is not searched."""
+    is_z = v.shape[2:] == (CROP // 64, CROP // 64)
+    return v.round() if is_z else annealed(v, tau, noise)
+
+
+def z_straight_through(v, tau, noise):
+    is_z = v.shape[2:] == (CROP // 64, CROP // 64)
+    return round_ste(v) if is_z else annealed(v, tau, noise)
+
+
+CROP, STEPS = 256, 60
+VARIANTS = {  # name: what is replaced in lic/train/effort.py, or the number of steps
+    "as it is": {},
+    "atanh, as in the paper": {"annealed": with_atanh},
+    "SOFTNESS = tau, as in the paper": {"annealed": with_falling_softness},
+    "both": {"annealed": as_in_the_paper},
+    "without noise": {"annealed": without_noise},
+    "straight through": {"annealed": straight_through},
+    "z rounded, not searched": {"annealed": z_rounded},
+    "z straight through": {"annealed": z_straight_through},
+    "SOFTNESS 0.35": {"SOFTNESS": 0.35},
+    "SOFTNESS 0.7": {"SOFTNESS": 0.7},
+    "TAU 0.35": {"TAU": 0.35},
+    "TAU 0.7": {"TAU": 0.7},
+    "LEARNING_RATE 0.005": {"LEARNING_RATE": 0.005},
+    "LEARNING_RATE 0.02": {"LEARNING_RATE": 0.02},
+    "10 steps": {"steps": 10},
+    "30 steps": {"steps": 30},
+    "100 steps": {"steps": 100},
+    "200 steps": {"steps": 200},
+    "200 steps, LEARNING_RATE 0.005": {"steps": 200, "LEARNING_RATE": 0.005},
+}
+
+
+def parse_args():
+    # fmt: off
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", default=SHIPPED, help="default: the codec shipped")
+    commands = parser.add_subparsers(dest="command", required=True)
+    picture = commands.add_parser("picture")
+    picture.set_defaults(function=show_picture)
+    picture.add_argument("image", help="of at most 768 pixels a side")
+    picture.add_argument("--level", type=whole_number, default=2, help="rate level (default: 2)")
+    picture.add_argument("--curves", required=True, help="PNG to write")
+    picture.add_argument("--bits", required=True, help="PNG to write")
+    picture.add_argument("--overwrite", action="store_true", help="replace them")
+    variants = commands.add_parser("variants")
+    variants.set_defaults(function=show_variants)
+    variants.add_argument("photos", help="folder")
+    variants.add_argument("--levels", type=whole_number, nargs="+", default=[2],
+                          help="rate levels (default: 2)")
+    variants.add_argument("--crops", type=positive_whole_number, default=4,
+                          help="photographs, of each the centre of 256x256 (default: 4)")
+    variants.add_argument("--only", nargs="+", help="names of variants (default: all)")
+    # fmt: on
+    return parser.parse_args()
+
+
+class Search:
+    """A search of one tile: `losses`, J of the rounded latents after each step, from step 0 on.
+
+    And where the bits of y lie, before the search and after: first_y_bits, y_bits (M, h, w).
+    """
+
+    def __init__(self, coder, image, level, steps=STEPS, trace=True):
+        self.model, self.level, self.losses = coder.model, float(level), []
+        self.lmbda = effort.lmbda_of(coder.model, self.level)
+        height, width = image.shape[:2]
+        self.x = padded(image)[:, :, :height, :width]
+        y, z = (latents.clone() for latents in coder.latents(image, self.level))
+        tiles = tiles_of(*z.shape[2:])
+        if len(tiles) > 1:
+            raise LicError("the image has more than 768 pixels on a side; give a smaller one")
+        self.note(y, z)
+        self.first_y_bits = self.y_bits
+        report = self.note if trace else lambda *latents, **figures: None
+        noise = torch.Generator().manual_seed(0)
+        # fmt: off
+        effort.search_tile(
+            coder.model, image, y, z, tiles[0], self.level, self.lmbda, steps, noise, report)
+        # fmt: on
+        self.note(y, z)
+
+    @torch.no_grad()
+    def note(self, y, z, **figures):
+        """J of what a file of these latents would hold."""
+        z_hat = z.round()
+        mean, log_scale = self.model.h_s(z_hat).chunk(2, 1)
+        y_hat = mean + (y - mean).round()
+        _, inverse_gain = self.model.gains(torch.tensor([self.level]))
+        x_hat = self.model.g_s(y_hat * inverse_gain) + 0.5
+        mse = (x_hat[:, :, : self.x.shape[2], : self.x.shape[3]] - self.x).square().mean()
+        self.y_bits = self.model.prior_y.bits(y_hat, mean, log_scale)[0]
+        bits = self.y_bits.sum() + self.model.prior_z.bits(z_hat).sum()
+        bpp = bits / (self.x.shape[2] * self.x.shape[3])
+        self.losses.append((bpp + self.lmbda * 255**2 * mse).item())
+
+
+def show_variants(args, coder):
+    crops = fixed_crops(read_images(find_images(args.photos), CROP), args.crops, CROP)
+    images = (crops.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).numpy()
+    levels = "".join(f"{f'level {level}':>10}" for level in args.levels)
+    print(f"change of J, {len(images)} crops of {CROP}x{CROP}, {STEPS} steps unless said")
+    print(f"{'':34}{levels}   s/step/megapixel")
+    for name, replaced in VARIANTS.items():
+        if args.only and name not in args.only:
+            continue
+        replaced = dict(replaced)
+        steps, start, row = replaced.pop("steps", STEPS), time.perf_counter(), ""
+        with ExitStack() as stack:
+            for attribute, value in replaced.items():
+                stack.enter_context(mock.patch.object(effort, attribute, value))
+            for level in args.levels:
+                searches = [Search(coder, image, level, steps, trace=False) for image in images]
+                changes = [search.losses[-1] / search.losses[0] - 1 for search in searches]
+                row += f"{sum(changes) / len(changes):>+10.2%}"
+        work = len(args.levels) * steps * len(images) * CROP**2 / 1e6
+        print(f"{name:34}{row}{(time.perf_counter() - start) / work:>10.2f}", flush=True)
+
+
+def write_figure(figure, path):
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
+    write_bytes(path, buffer.getvalue())
+    print(f"wrote {path}")
+
+
+def plot_curves(pyplot, searches, path):
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    for name, search in searches.items():
+        start = search.losses[0]
+        axes.plot([100 * (J / start - 1) for J in search.losses[:-1]], label=name)
+    axes.axhline(0, color="grey", linewidth=0.5)
+    axes.set(xlabel="step", ylabel="J of the rounded latents, % above the start")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    write_figure(figure, path)
+
+
+def plot_bits(pyplot, image, search, path):
+    before, after = (bits.sum(0) for bits in (search.first_y_bits, search.y_bits))
+    largest = max(before.max(), after.max())
+    figure, panels = pyplot.subplots(2, 2, figsize=(10, 6.5), layout="constrained")
+    (picture, difference), below = panels
+    extent = (0, 16 * before.shape[1], 16 * before.shape[0], 0)
+    picture.imshow(image)
+    picture.set_title("the picture")
+    limit = (after - before).abs().max()
+    drawn = difference.imshow(
+        after - before, cmap="coolwarm", vmin=-limit, vmax=limit, extent=extent
+    )
+    difference.set_title("bits of y a position, the change")
+    figure.colorbar(drawn, ax=difference)
+    for axes, bits, title in zip(below, (before, after), ("before", "after")):
+        drawn = axes.imshow(bits, cmap="magma", vmin=0, vmax=largest, extent=extent)
+        axes.set_title(f"{title}: {bits.sum() / 8:,.0f} bytes")
+    figure.colorbar(drawn, ax=below[1])
+    for axes in panels.flatten():
+        axes.set(xlim=(0, image.shape[1]), ylim=(image.shape[0], 0), xticks=[], yticks=[])
+    write_figure(figure, path)
+
+
+def show_picture(args, coder):
+    for path in (args.curves, args.bits):
+        claim_output(path, ".png", args.overwrite, [args.image, args.checkpoint])
+    pyplot, image = import_pyplot(), read_image(args.image)
+    searches = {"annealing": Search(coder, image, args.level)}
+    with mock.patch.object(effort, "annealed", straight_through):
+        searches["straight through"] = Search(coder, image, args.level)
+    for name, search in searches.items():
+        print(f"{name:16}  J {search.losses[0]:.4f} -> {search.losses[-1]:.4f}, {STEPS} steps")
+    plot_curves(pyplot, searches, args.curves)
+    plot_bits(pyplot, image, searches["annealing"], args.bits)
+
+
+def main():
+    args = parse_args()
+    coder = load(args.checkpoint)
+    coder.model.requires_grad_(False)
+    args.function(args, coder)
+
+
+if __name__ == "__main__":
+    run(main)
