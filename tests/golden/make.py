@@ -1,16 +1,19 @@
-"""Makes the golden files, in about a minute:
+"""Makes the golden files:
 
-    python tests/golden/make.py                 all but those of the shipped codecs
-    python tests/golden/make.py --quantized     only those of the small 8-bit codec
-    python tests/golden/make.py --shipped       only those of the codecs in checkpoints/
+    python tests/golden/make.py                 all but those of the shipped codecs, in a minute
+    python tests/golden/make.py exact layers    some of them, by name: see PARTS, at the end
+    python tests/golden/make.py shipped         those of the codecs in checkpoints/
 
 Two small codecs (float and 8-bit, every width another number), files that they wrote, the symbols
-and pixels in them, and every layer's input and output for one image. They are made once and pinned:
-a test that fails against them says that something changed what old files decode to. Make them anew
-only for a new format. Those of the shipped codecs are made anew with each new checkpoint.
+and pixels in them, and every layer's input and output for one image; and a file that refuses the
+mistakes of mistakes.py. They are made once and pinned: a test that fails against them says that
+something changed what old files decode to. Make them anew only for a new format. Those of the
+shipped codecs are made anew with each new checkpoint.
 """
 
 import argparse
+import hashlib
+import json
 import sys
 from pathlib import Path
 
@@ -19,20 +22,22 @@ import torch
 from PIL import Image
 
 FOLDER = Path(__file__).parent
-sys.path[:0] = [str(FOLDER.parent.parent)]
+sys.path[:0] = [str(FOLDER), str(FOLDER.parent.parent), str(FOLDER.parent.parent / "ports")]
 
 from lic.__main__ import export  # noqa: E402
 from lic.codec import coder  # noqa: E402
-from lic.codec.bitstream import ImageCoder, load_coder, padded  # noqa: E402
+from lic.codec.bitstream import ImageCoder, channel_index, load_coder, padded  # noqa: E402
 from lic.codec.checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
 from lic.codec.eight_bits import quantize_layers  # noqa: E402
-from lic.codec.integer import freeze_h_s  # noqa: E402
+from lic.codec.header import Header, crc_of_symbols, pack_file, read_header  # noqa: E402
+from lic.codec.integer import IntegerHyperSynthesis, freeze_h_s  # noqa: E402
 from lic.codec.model import Codec  # noqa: E402
-from lic.codec.tables import build_tables  # noqa: E402
+from lic.codec.tables import Tables, build_tables  # noqa: E402
 from lic.images import dead_leaves, fixed_crops, load_images  # noqa: E402
 from lic.shrink.quantization import input_scales  # noqa: E402
 from lic.shrink.rounding import patch_moments, round_weights  # noqa: E402
 from lic.train.loop import fit  # noqa: E402
+from mistakes import FLOAT_MISTAKES, INTEGER_MISTAKES, MistakenDecoder  # noqa: E402
 
 WIDTHS = {
     "g_a.1": 9,
@@ -194,17 +199,123 @@ def make_layers():
     np.savez_compressed(FOLDER / "layers.npz", **seen)
 
 
-if __name__ == "__main__":
-    if sys.argv[1:] == ["--shipped"]:
-        sys.exit(make_shipped())
-    if sys.argv[1:] != ["--quantized"]:
-        make_codec()
-        make_layers()
-    make_quantized()
-    for codec in ("codec", "quantized"):
-        export(
-            argparse.Namespace(
-                checkpoint=FOLDER / f"{codec}.pt", output=FOLDER / f"{codec}.npz", overwrite=True
-            )
+@torch.inference_mode()
+def make_quantized_layers():
+    """What the decoder computes of quantized_leaves_2.lic, layer by layer.
+
+    z, the integers that each layer of h_s gives, index, mean; y, the input of g_s and the output of
+    each of its layers.
+    """
+    path = FOLDER / "quantized_leaves_2.lic"
+    image_coder = load_coder(FOLDER / "quantized.pt")
+    model, seen = image_coder.model, {}
+    header, _ = read_header(path.read_bytes())
+    with Recorder() as symbols:
+        image_coder.decode(path.read_bytes())
+    z = torch.from_numpy(symbols[0]).reshape(1, WIDTHS["z"], *padded_size(header, 64))
+    y = torch.from_numpy(symbols[1]).reshape(1, WIDTHS["y"], *padded_size(header, 16))
+
+    h_s = IntegerHyperSynthesis(model.h_s)
+    for k, layer in enumerate(h_s.layers[1:], start=1):  # what enters conv2 is what conv1 gave
+        layer.register_forward_pre_hook(
+            lambda _, inputs, k=k: seen.update({f"h_s.conv{k}": inputs[0].numpy().astype(np.int32)})
         )
-    make_files()
+    mean, index = h_s(z.double())
+    for name, layer in model.g_s.named_children():
+        layer.register_forward_hook(
+            lambda *hooked, name=name: seen.update({f"g_s.{name}": hooked[2].numpy().copy()})
+        )
+    _, inverse_gain = model.gains(torch.tensor([header.quality / 256]))
+    y_hat = (y + mean).float() * inverse_gain
+    model.g_s(y_hat)
+    np.savez_compressed(
+        FOLDER / "layers_quantized.npz",
+        z=z.numpy().astype(np.int32),
+        mean=mean.numpy(),
+        index=index.numpy().astype(np.uint8),
+        y=y.numpy().astype(np.int32),
+        g_s=y_hat.numpy(),
+        **seen,
+    )
+
+
+def padded_size(header, side):
+    """Rows and columns of squares of `side` pixels that cover the padded image."""
+    return [-(-pixels // 64) * 64 // side for pixels in (header.height, header.width)]
+
+
+def make_exact():
+    """Files that a decoder with one of the mistakes of mistakes.py refuses.
+
+    exact/float.lic is of codec.npz. exact/integer.lic is of exact/integer.npz: quantized.npz with
+    the multipliers of every other channel rounded to powers of two, so that exactly one half occurs.
+    """
+    forge("float", dict(np.load(FOLDER / "codec.npz")), FLOAT_MISTAKES)
+    arrays = dict(np.load(FOLDER / "quantized.npz"))
+    for name in ("h_s.conv1", "h_s.conv2", "h_s.conv3"):
+        multiplier = arrays[f"{name}.multiplier"]
+        multiplier[::2] = 2.0 ** np.round(np.log2(multiplier[::2]))
+    about = json.loads(str(arrays["about"]))
+    about["fingerprint"] = hashlib.sha256(arrays["h_s.conv3.multiplier"].tobytes()).hexdigest()
+    arrays["about"] = np.array(json.dumps(about))
+    np.savez(FOLDER / "exact" / "integer.npz", **arrays)
+    forge("integer", arrays, INTEGER_MISTAKES)
+
+
+def forge(name, arrays, mistakes):
+    """exact/NAME.lic, of symbols that no encoder gave.
+
+    Random z are drawn until each mistake changes a table index somewhere; around such places z is
+    cut out, as far as one index sees, and the pieces are put side by side.
+    """
+    tables = {
+        kind: Tables(*(arrays[f"tables.{kind}.{field}"] for field in Tables._fields))
+        for kind in ("z", "y")
+    }
+    rng, side, patches = np.random.default_rng(0), 64, {}
+    while len(patches) < len(mistakes):
+        channels = zip(tables["z"].offsets, tables["z"].sizes)
+        z = np.stack([rng.integers(o + 17, o + n - 17, (side, side)) for o, n in channels])
+        _, index = MistakenDecoder(arrays).h_s(z)
+        for mistake, settings in mistakes.items():
+            _, other = MistakenDecoder(arrays, **settings).h_s(z)
+            for _, i, j in np.argwhere(other != index) // (1, 4, 4):
+                if 2 <= i < side - 2 and 2 <= j < side - 2:
+                    patches[mistake] = z[:, i - 2 : i + 3, j - 2 : j + 3]
+
+    z = np.concatenate(list(patches.values()), axis=2)
+    _, index = MistakenDecoder(arrays).h_s(z)
+    z_symbols = z.astype(np.int32).ravel()
+    y_symbols = rng.integers(-2, 3, index.size).astype(np.int32)
+    z_words, _ = coder.encode(z_symbols, channel_index(z.shape), tables["z"])
+    y_words, _ = coder.encode(y_symbols, index.astype(np.uint8).ravel(), tables["y"])
+    height, width = 64 * z.shape[1] - 1, 64 * z.shape[2] - 1
+    fingerprint = bytes.fromhex(json.loads(str(arrays["about"]))["fingerprint"])[:8]
+    header = Header(256, height, width, fingerprint, (len(z_words), len(y_words), 0, 0))
+    payload = z_words.astype("<u4").tobytes() + y_words.astype("<u4").tobytes()
+    data = pack_file(header, crc_of_symbols(header, z_symbols, y_symbols), payload)
+    (FOLDER / "exact" / f"{name}.lic").write_bytes(data)
+    print(f"exact/{name}.lic: {len(data)} bytes, {index.size} symbols of y")
+
+
+def make_archives():
+    for codec in ("codec", "quantized"):
+        path = FOLDER / codec
+        export(argparse.Namespace(checkpoint=f"{path}.pt", output=f"{path}.npz", overwrite=True))
+
+
+PARTS = {
+    "codec": make_codec,
+    "layers": make_layers,
+    "quantized": make_quantized,
+    "archives": make_archives,
+    "files": make_files,
+    "quantized_layers": make_quantized_layers,
+    "exact": make_exact,
+    "shipped": make_shipped,
+}
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:] or [part for part in PARTS if part != "shipped"]:
+        PARTS[name]()

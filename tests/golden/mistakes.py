@@ -1,0 +1,70 @@
+"""Mistakes in h_s that most files do not notice: those in exact/ refuse each of them."""
+
+import numpy as np
+from numpy_decoder import LOG_SCALE_MIN, LOG_SCALE_STEP, Decoder, leaky_relu
+
+
+def float32(values):
+    """The nearest float32, in float64."""
+    return np.asarray(values, np.float32).astype(np.float64)
+
+
+def half_up(values):
+    return np.floor(values + 0.5)
+
+
+def half_away_from_zero(values):
+    return np.sign(values) * np.floor(np.abs(values) + 0.5)
+
+
+class MistakenDecoder(Decoder):
+    """The decoder of ports/ with one thing wrong; without an argument, nothing is.
+
+    multiplier, sums, product, rounded: what an integer h_s does to the multipliers of a layer, to
+    its sums, to their product, and instead of rounding half to even. precision: of a float h_s.
+    """
+
+    def __init__(
+        self,
+        arrays,
+        multiplier=np.asarray,
+        sums=np.asarray,
+        product=np.asarray,
+        rounded=np.rint,
+        precision=np.float64,
+    ):
+        super().__init__(arrays)
+        self.mistakes, self.precision = (multiplier, sums, product, rounded), precision
+
+    def h_s(self, z_hat):
+        return self.integer_h_s(z_hat) if self.quantized else self.float_h_s(z_hat)
+
+    def float_h_s(self, z_hat):
+        x = leaky_relu(self.layer("h_s.conv1", z_hat.astype(self.precision)))
+        x = leaky_relu(self.layer("h_s.conv2", x))
+        mean, log_scale = np.split(self.layer("h_s.conv3", x), 2)
+        index = np.rint((log_scale - LOG_SCALE_MIN) / LOG_SCALE_STEP)
+        return mean, np.clip(index, 0, 63)
+
+    def integer_h_s(self, z_hat):
+        multiplier, sums, product, rounded = self.mistakes
+        x = z_hat.astype(np.float64)
+        for name in ("h_s.conv1", "h_s.conv2", "h_s.conv3"):
+            weight = self.arrays[f"{name}.weight"].astype(np.float64)
+            bias = self.arrays[f"{name}.integer_bias"].astype(np.float64)
+            m = multiplier(self.arrays[f"{name}.multiplier"][:, None, None])
+            x = sums(self.convolve(name, x, weight, bias))
+            if name != "h_s.conv3":
+                x = np.clip(rounded(product(leaky_relu(x) * m)), -8224, 57311)
+        mean, index = np.split(rounded(product(x * m)), 2)
+        return mean / 4096, np.clip(index, 0, 63)
+
+
+FLOAT_MISTAKES = {"h_s in float32": {"precision": np.float32}}
+INTEGER_MISTAKES = {
+    "multipliers in float32": {"multiplier": float32},
+    "products rounded to float32": {"product": float32},
+    "all of it in float32": {"multiplier": float32, "sums": float32, "product": float32},
+    "half rounded up": {"rounded": half_up},
+    "half rounded away from zero": {"rounded": half_away_from_zero},
+}
