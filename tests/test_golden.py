@@ -323,7 +323,7 @@ def test_the_worked_example_of_the_format_page(golden):
     assert example == (FOLDER / name).read_bytes()
 
     image_coder, (z, y) = decoder_of(name), (golden[f"{name}.{kind}"] for kind in "zy")
-    _, y_index = image_coder._entropy_parameters(z.reshape(-1, 1, 1))
+    _, y_index = image_coder.entropy_parameters(z.reshape(-1, 1, 1))
     z_words, _ = coder.encode(z, channel_index((len(z), 1, 1)), image_coder.tables["z"])
     y_words, _ = coder.encode(y, y_index, image_coder.tables["y"])
     header = Header(256, 1, 1, image_coder.fingerprint, (len(z_words), len(y_words), 0, 0))

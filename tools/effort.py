@@ -62,17 +62,6 @@ def without_noise(v, tau, noise):
     return low + torch.sigmoid(torch.logit(v - low, effort.NEAREST) / tau / effort.SOFTNESS)
 
 
-def z_rounded(v, tau, noise):
-    """z comes at a sixteenth of the positions of y; it is not searched."""
-    is_z = v.shape[2:] == (CROP // 64, CROP // 64)
-    return v.round() if is_z else annealed(v, tau, noise)
-
-
-def z_straight_through(v, tau, noise):
-    is_z = v.shape[2:] == (CROP // 64, CROP // 64)
-    return round_ste(v) if is_z else annealed(v, tau, noise)
-
-
 CROP, STEPS = 256, 60
 VARIANTS = {  # name: what is replaced in lic/train/effort.py, or the number of steps
     "as it is": {},
@@ -81,8 +70,6 @@ VARIANTS = {  # name: what is replaced in lic/train/effort.py, or the number of 
     "both": {"annealed": as_in_the_paper},
     "without noise": {"annealed": without_noise},
     "straight through": {"annealed": straight_through},
-    "z rounded, not searched": {"annealed": z_rounded},
-    "z straight through": {"annealed": z_straight_through},
     "SOFTNESS 0.35": {"SOFTNESS": 0.35},
     "SOFTNESS 0.7": {"SOFTNESS": 0.7},
     "TAU 0.35": {"TAU": 0.35},
@@ -123,7 +110,7 @@ def parse_args():
 
 
 class Search:
-    """A search of one tile: `losses`, J of the rounded latents after each step, from step 0 on.
+    """A search of one tile: `losses`, J of the rounded y after each step, from step 0 on.
 
     And where the bits of y lie, before the search and after: first_y_bits, y_bits (M, h, w).
     """
@@ -133,32 +120,33 @@ class Search:
         self.lmbda = effort.lmbda_of(coder.model, self.level)
         height, width = image.shape[:2]
         self.x = padded(image)[:, :, :height, :width]
-        y, z = (latents.clone() for latents in coder.latents(image, self.level))
-        tiles = tiles_of(*z.shape[2:])
+        y, z = coder.latents(image, self.level)
+        tiles = tiles_of(*y.shape[2:])
         if len(tiles) > 1:
             raise LicError("the image has more than 768 pixels on a side; give a smaller one")
-        self.note(y, z)
+        with torch.no_grad():
+            self.z_bits = self.model.prior_z.bits(z.round()).sum()
+        self.mean, self.log_scale = effort.coded_with(coder, z)
+        v = y - self.mean
+        self.note(v)
         self.first_y_bits = self.y_bits
-        report = self.note if trace else lambda *latents, **figures: None
-        noise = torch.Generator().manual_seed(0)
+        report = self.note if trace else lambda v, **figures: None
         # fmt: off
         effort.search_tile(
-            coder.model, image, y, z, tiles[0], self.level, self.lmbda, steps, noise, report)
+            coder.model, image, v, self.mean, self.log_scale, tiles[0], self.level, self.lmbda,
+            steps, torch.Generator().manual_seed(0), report)
         # fmt: on
-        self.note(y, z)
+        self.note(v)
 
     @torch.no_grad()
-    def note(self, y, z, **figures):
-        """J of what a file of these latents would hold."""
-        z_hat = z.round()
-        mean, log_scale = self.model.h_s(z_hat).chunk(2, 1)
-        y_hat = mean + (y - mean).round()
+    def note(self, v, **figures):
+        """J of what a file of v = y - mean would hold."""
+        y_hat = self.mean + v.round()
         _, inverse_gain = self.model.gains(torch.tensor([self.level]))
         x_hat = self.model.g_s(y_hat * inverse_gain) + 0.5
         mse = (x_hat[:, :, : self.x.shape[2], : self.x.shape[3]] - self.x).square().mean()
-        self.y_bits = self.model.prior_y.bits(y_hat, mean, log_scale)[0]
-        bits = self.y_bits.sum() + self.model.prior_z.bits(z_hat).sum()
-        bpp = bits / (self.x.shape[2] * self.x.shape[3])
+        self.y_bits = self.model.prior_y.bits(y_hat, self.mean, self.log_scale)[0]
+        bpp = (self.y_bits.sum() + self.z_bits) / (self.x.shape[2] * self.x.shape[3])
         self.losses.append((bpp + self.lmbda * 255**2 * mse).item())
 
 

@@ -91,7 +91,7 @@ class ImageCoder:
     def encode_latents(self, y, z, level, height, width):
         """The bytes of an image of height x width pixels from its latents, which it rounds."""
         z_symbols = integers(z, "z")
-        mean, y_index = self._entropy_parameters(z_symbols.reshape(z.shape[1:]))
+        mean, y_index = self.entropy_parameters(z_symbols.reshape(z.shape[1:]))
         y_symbols = integers(y - mean, "y")
         z_words, z_escapes = coder.encode(z_symbols, channel_index(z.shape[1:]), self.tables["z"])
         y_words, y_escapes = coder.encode(y_symbols, y_index, self.tables["y"])
@@ -113,7 +113,7 @@ class ImageCoder:
         h, w = -(-header.height // stride), -(-header.width // stride)  # rounded up
         z_shape = self.model.config["widths"]["z"], h, w
         z_symbols = coder.decode(z_words, z_escapes, channel_index(z_shape), self.tables["z"])
-        mean, y_index = self._entropy_parameters(z_symbols.reshape(z_shape))
+        mean, y_index = self.entropy_parameters(z_symbols.reshape(z_shape))
         y_symbols = coder.decode(y_words, y_escapes, y_index, self.tables["y"])
         if crc_of_symbols(header, z_symbols, y_symbols) != symbols_crc:
             raise BadStream(
@@ -183,7 +183,8 @@ class ImageCoder:
             parts.append(pixels.permute(1, 2, 0).numpy())
         return np.concatenate(parts)
 
-    def _entropy_parameters(self, z_hat):
+    @torch.inference_mode()
+    def entropy_parameters(self, z_hat):
         """z_hat (Z, h, w) int32 -> mean (1, M, 4h, 4w) float64, index (M * 4h * 4w,) uint8."""
         z_hat = torch.from_numpy(z_hat).double()[None]
         z_hat = z_hat.contiguous(memory_format=torch.channels_last)

@@ -1,18 +1,20 @@
-"""An encoder that searches: y and z of one picture, trained for that picture (`--effort`).
+"""An encoder that searches: y of one picture, trained for that picture (`--effort`).
 
-g_a and h_a give latents in one pass, as good as training made them on average; for the one picture
-at hand better ones exist, and every decoder reads them. Here J of the picture at its level is
-minimised over y and z, all weights fixed, by stochastic Gumbel annealing (Yang, Bamler, Mandt,
-"Improving inference for neural image compression", arXiv:2006.04240, section 3.2). A latent v is
-then neither rounded nor free, but drawn towards one of the two integers around it:
+g_a gives y in one pass, as good as training made it on average; for the one picture at hand a
+better y exists, and every decoder reads it. Here J of the picture at its level is minimised over
+y, all weights fixed, by stochastic Gumbel annealing (Yang, Bamler, Mandt, "Improving inference for
+neural image compression", arXiv:2006.04240, section 3.2). Meanwhile v = y - mean is neither rounded
+nor free, but drawn towards one of the two integers around it:
 
     v_hat = floor(v) + sigmoid((logit(d) / tau + noise) / SOFTNESS)        d = v - floor(v)
 
 noise: logistic, the difference of two Gumbel variables. The sigmoid exceeds 1/2 with probability
 d^(1/tau) / (d^(1/tau) + (1 - d)^(1/tau)): at first both integers are tried, and as tau falls more
-and more the nearer one alone. logit(d), for the paper's atanh(d) - atanh(1 - d), is the "linear"
-of Perugachi-Diaz, Gansekoele, Bhulai, "Robustly overfitting latents for flexible neural image
-compression", arXiv:2401.17789; a SOFTNESS that does not fall with tau is ours. What each is worth:
+and more the nearer one alone.
+
+Not as in the paper: logit(d), for atanh(d) - atanh(1 - d), is the "linear" of Perugachi-Diaz,
+Gansekoele, Bhulai, "Robustly overfitting latents for flexible neural image compression",
+arXiv:2401.17789; SOFTNESS does not fall with tau; z is not searched. What each is worth:
 docs/effort.md.
 """
 
@@ -22,7 +24,8 @@ import math
 import numpy as np
 import torch
 
-from lic.codec.entropy import soft_limit
+from lic.codec.entropy import LOG_SCALE_MIN, LOG_SCALE_STEP, soft_limit
+from lic.codec.strips import coarse_side, reach
 from lic.files import MAX_PIXELS
 from lic.images import to_tensor
 from lic.metrics import psnr, squared_error
@@ -43,10 +46,10 @@ def encode(coder, image, quality=None, effort=60, max_pixels=MAX_PIXELS, verbose
     to. verbose: print how it goes.
     """
     level = coder.level(quality)
+    lmbda = lmbda_of(coder.model, level)
     y, z = coder.latents(image, level, max_pixels)
     plain = coder.encode_latents(y, z, level, *image.shape[:2])
-    lmbda = lmbda_of(coder.model, level)
-    y, z = search(coder, image, y, z, level, lmbda, effort, verbose)
+    y = search(coder, image, y, z, level, lmbda, effort, verbose)
     searched = coder.encode_latents(y, z, level, *image.shape[:2])
 
     losses = []
@@ -66,64 +69,67 @@ def lmbda_of(model, level):
 
 
 def search(coder, image, y, z, level, lmbda, steps, verbose=False):
-    """Better latents for an image, in the place of y and z from coder.latents; not rounded.
+    """A better y for an image, not rounded, where coder.latents gave y (1, M, H/16, W/16) and z.
 
-    Tile by tile, so that memory does not grow with the picture. A tile sees its neighbours'
-    latents, searched or not yet, and what its own change there.
+    Tile by tile, so that memory does not grow with the picture. A tile sees its neighbours, searched
+    or not yet, and what its own y changes of their pixels.
     """
+    mean, index = coder.entropy_parameters(z[0].round().int().numpy())
+    index = torch.from_numpy(index).reshape(mean.shape)
+    mean, log_scale = (
+        mean.float(),
+        LOG_SCALE_MIN + LOG_SCALE_STEP * index,
+    )  # as the coder knows them
+    v = y - mean
     model = copy.deepcopy(coder.model).eval().requires_grad_(False)
-    y, z = y.clone(), z.clone()  # coder.latents made them in inference mode, without gradients
-    tiles, noise = tiles_of(*z.shape[2:]), torch.Generator().manual_seed(0)
+    tiles, noise = tiles_of(*v.shape[2:]), torch.Generator().manual_seed(0)
     progress = Progress(len(tiles) * steps) if verbose else None
 
-    def report(y, z, **figures):
+    def report(v, **figures):
         if progress:
-            progress.update(**{name: value.detach() for name, value in figures.items()})
+            progress.update(**figures)
 
     for tile in tiles:
         with torch.autocast("cpu", torch.bfloat16, enabled=coder.amp):
-            search_tile(model, image, y, z, tile, level, lmbda, steps, noise, report)
-    return y, z
+            search_tile(model, image, v, mean, log_scale, tile, level, lmbda, steps, noise, report)
+    return v + mean
 
 
-def search_tile(model, image, y, z, tile, level, lmbda, steps, noise, report):
-    """Replace the latents of a Tile in y and z by better ones.
+def coded_with(coder, z):
+    """Mean and log scale of each y, (1, M, H/16, W/16) float32, as the coder knows them."""
+    mean, index = coder.entropy_parameters(z[0].round().int().numpy())
+    index = torch.from_numpy(index).reshape(mean.shape)
+    return mean.float(), LOG_SCALE_MIN + LOG_SCALE_STEP * index
 
-    report is called after each step with the latents of the tile and its margins and with J, bpp
-    and PSNR of what was tried.
+
+def search_tile(model, image, v, mean, log_scale, tile, level, lmbda, steps, noise, report):
+    """Replace v = y - mean by a better one in a tile, a Window of positions of y.
+
+    report is called after each step, with v of the tile and its margins, J, bpp and PSNR.
     """
-    rows, columns = slice(*tile.pixels[:2]), slice(*tile.pixels[2:])
-    x = to_tensor([image[rows, columns]])  # as far as the image goes, not padded
-    y_part = tile.y_seen.of(y).clone().requires_grad_()
-    z_part = tile.z_seen.of(z).clone().requires_grad_()
-    y_inside, z_inside = tile.y.inside(tile.y_seen), tile.z.inside(tile.z_seen)
-    own_y, own_z = y_inside.mask_of(y_part), z_inside.mask_of(z_part)
-    coded = tile.y_seen.inside(tile.z_seen.times(y.shape[2] // z.shape[2]))
+    # a position changes pixels as far as g_s reaches, and these see as far again
+    seen = tile.wider(2 * reach("g_s"), *v.shape[2:])
+    x = to_tensor([seen.pixels_of(image, coarse_side("g_s"))])  # without what was padded
+    mean, log_scale = seen.of(mean), seen.of(log_scale)
+    part = seen.of(v).clone().requires_grad_()
+    own = tile.inside(seen).mask_of(part)
     _, inverse_gain = model.gains(torch.tensor([level]))
-
-    adam = torch.optim.Adam([y_part, z_part], lr=LEARNING_RATE)
+    adam = torch.optim.Adam([part], lr=LEARNING_RATE)
     for step in range(steps):
-        tau = temperature(step / steps)
-        z_hat = torch.where(own_z, annealed(z_part, tau, noise), z_part.round())
-        mean, log_scale = coded.of(model.h_s(z_hat).to(x.dtype)).chunk(2, 1)
-        residual = y_part - mean
-        y_hat = mean + torch.where(own_y, annealed(residual, tau, noise), residual.round())
+        v_hat = torch.where(own, annealed(part, temperature(step / steps), noise), part.round())
+        y_hat = v_hat + mean
         x_hat = model.g_s(y_hat * inverse_gain).to(x.dtype) + 0.5
-        x_hat = x_hat[:, :, : x.shape[2], : x.shape[3]]  # what was padded is not looked at
+        bits = soft_limit(model.prior_y.bits(y_hat, mean, log_scale))
 
-        y_bits = soft_limit(model.prior_y.bits(y_hat, mean, log_scale)).sum()
-        bits = y_bits + model.prior_z.bits(z_hat).sum()
-        bpp = bits / (x.shape[2] * x.shape[3])
-        mse = (x_hat - x).square().mean()
+        mse = (x_hat[:, :, : x.shape[2], : x.shape[3]] - x).square().mean()
+        bpp = bits.sum() / (x.shape[2] * x.shape[3])  # of y alone
         J = bpp + lmbda * 255**2 * mse
         adam.zero_grad()
         J.backward()
         adam.step()
         with torch.no_grad():
-            report(y_part, z_part, J=J, bpp=bpp, psnr=-10 * torch.log10(mse))
-    with torch.no_grad():
-        tile.y.of(y)[:] = y_inside.of(y_part)
-        tile.z.of(z)[:] = z_inside.of(z_part)
+            report(part.detach(), J=J.detach(), bpp=bpp.detach(), psnr=-10 * torch.log10(mse))
+    tile.of(v)[:] = tile.inside(seen).of(part.detach())
 
 
 def temperature(progress):

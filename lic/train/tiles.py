@@ -5,9 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from lic.codec.strips import coarse_side, reach
-
-TILE = 12  # positions of z, 768 pixels: the longest side of a tile
+TILE = 48  # positions of y, 768 pixels: the longest side of a tile
 
 
 class Window(NamedTuple):
@@ -37,38 +35,24 @@ class Window(NamedTuple):
             min(columns, self.right + margin),
         )
 
-    def times(self, factor):
-        """The same rectangle where rows and columns are so many times finer."""
-        return Window(*(factor * edge for edge in self))
-
     def inside(self, outer):
         """The same rectangle, counted from the upper left corner of another."""
         top, left = outer.top, outer.left
         return Window(self.top - top, self.bottom - top, self.left - left, self.right - left)
 
-
-class Tile(NamedTuple):
-    z: Window  # its positions
-    y: Window
-    z_seen: Window  # with those on which the coding of its y depends
-    y_seen: Window  # with those that its y meets in a pixel
-    pixels: Window  # of y_seen
+    def pixels_of(self, image, side):
+        """The pixels of an image (H, W, 3) under a window of positions of side x side pixels."""
+        top, bottom, left, right = (side * edge for edge in self)
+        return image[top:bottom, left:right]
 
 
 def tiles_of(rows, columns):
-    """Tiles that cover rows x columns positions of z, of nearly the same size."""
-    y_side, z_side = coarse_side("g_s"), coarse_side("h_s")  # 16 and 64 pixels
-    # y's pixels reach as far as g_s does, and these see as far again
-    y_margin = math.ceil(2 * reach("g_s") * y_side / z_side)
-    tiles = []
-    for top, bottom in pieces(rows):
-        for left, right in pieces(columns):
-            z = Window(top, bottom, left, right)
-            z_seen = z.wider(reach("h_s"), rows, columns)
-            y_seen = z.wider(y_margin, rows, columns).times(z_side // y_side)
-            y = z.times(z_side // y_side)
-            tiles.append(Tile(z, y, z_seen, y_seen, y_seen.times(y_side)))
-    return tiles
+    """Windows that cover rows x columns positions of y, of nearly the same size."""
+    return [
+        Window(top, bottom, left, right)
+        for top, bottom in pieces(rows)
+        for left, right in pieces(columns)
+    ]
 
 
 def pieces(length):
