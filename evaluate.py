@@ -45,7 +45,7 @@ def parse_args():
         "measured (default: 0)")
     add("--record",
         help="JSON file that keeps the figures of each file once it is measured: a run that "
-        "stopped goes on from there")
+        "stopped goes on from there; after a change of the code begin a new one")
     add("--published", help="JSON of published curves to compare with, as "
         "docs/kodak_published.json")
     add("--json", help="write all figures to this file")
@@ -195,7 +195,8 @@ def main():
     published = load_published(args.published) if args.published else {}
     for path in args.checkpoints:
         load_checkpoint(path)  # refuse a bad one before measuring the others
-    record = Record(args.record)
+    others = [*args.checkpoints, args.data, args.published, args.json, args.plot]
+    record = Record(args.record, filter(None, others))
     images = images_of(args)
     pixels = sum(image.shape[0] * image.shape[1] for image in images)
     precision = ", bf16" if args.amp else ""

@@ -4,14 +4,14 @@
     codec = lic.load("checkpoints/quantized.pt")   # without a name: the one that is shipped
     data = codec.encode(image, quality=2)          # (H, W, 3) uint8 -> bytes
     image = codec.decode(data)
-    data = lic.encode(codec, image, quality=2, effort=60)   # takes long, smaller at equal quality
+    data = lic.encode(codec, image, quality=2, effort=60)   # slow, a better file
 
 The command line is in __main__.py, the stages are scripts beside this folder.
 """
 
 from pathlib import Path
 
-from lic.files import MAX_PIXELS
+from lic.files import MAX_PIXELS, LicError
 
 SHIPPED = Path(__file__).parent.parent / "checkpoints" / "quantized.pt"
 
@@ -24,7 +24,12 @@ def load(path=SHIPPED, amp=False):
 
 
 def encode(codec, image, quality=None, effort=0, max_pixels=MAX_PIXELS, verbose=False):
-    """codec.encode, with a search of so many steps for a better file: train/effort.py."""
+    """codec.encode, with a search of so many steps for a better file: train/effort.py.
+
+    Raises LicError for an effort that is no whole number from 0 up.
+    """
+    if not isinstance(effort, int) or effort < 0:
+        raise LicError(f"effort {effort!r} is not a whole number from 0 up")
     if effort == 0:
         return codec.encode(image, quality, max_pixels)
     from lic.train.effort import encode  # here: a decoder does not need what trains

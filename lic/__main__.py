@@ -1,6 +1,6 @@
 """The codec on the command line.
 
-    python -m lic compress photo.png photo.lic      with --effort 60: slower, and smaller
+    python -m lic compress photo.png photo.lic      with --effort 60: slow, a better file
     python -m lic decompress photo.lic photo.png
     python -m lic info photo.lic                    or of a checkpoint
     python -m lic compare photo.png beside.png      a crop beside JPEG and WebP of as many bytes

@@ -24,6 +24,7 @@ CLASSICAL = {  # name: (Pillow format, feature to ask for, qualities)
     "avif": ("AVIF", "avif", (15, 30, 40, 50, 60, 75)),
 }
 LOSSLESS = 100.0  # dB, instead of infinity, for a picture that comes back exactly
+FIGURES = {"bpp", "psnr", "ms_ssim", "encode_seconds", "decode_seconds"}  # of a file
 ALIVE = 0.001  # bits a position that a channel of y or z must carry to count as alive
 
 
@@ -46,27 +47,33 @@ def ideal_bits(model, image, level):
 class Record:
     """Figures of the files that an evaluation has measured, kept in a JSON file as it goes.
 
-    One that was stopped takes from it what is there. path: None for no file. Raises LicError for a
-    file that is no record.
+    An evaluation that was stopped takes from it what is there. It does not know the version of the
+    code or the machine. path: None for no file; inputs: what else the command reads and writes.
+    Raises LicError for a file that is no record.
     """
 
-    def __init__(self, path=None):
+    def __init__(self, path=None, inputs=()):
         self.path, self.figures = path, {}
         if path is None:
             return
-        claim_output(path, ".json", overwrite=True)
-        try:
-            if Path(path).exists():
-                self.figures = dict(json.loads(read_bytes(path)))
-        except (ValueError, TypeError) as error:
-            raise LicError(f"{path} is no record of measured files; name another") from error
+        claim_output(path, ".json", overwrite=True, inputs=inputs)
+        data = read_bytes(path) if Path(path).exists() else b""
+        if data:
+            try:
+                self.figures = json.loads(data)["measured"]
+                for figures in self.figures.values():
+                    if figures.keys() != FIGURES or {type(v) for v in figures.values()} != {float}:
+                        raise ValueError("other figures")
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+                raise LicError(f"{path} is no record of measured files; name another") from error
+            print(f"{path}: {len(self.figures)} files measured before")
 
     def look_up(self, key, measure):
         """The figures of `key`, by `measure()` if they are not known yet."""
         if key not in self.figures:
             self.figures[key] = measure()
             if self.path:
-                write_bytes(self.path, json.dumps(self.figures, indent=1).encode())
+                write_bytes(self.path, json.dumps({"measured": self.figures}, indent=1).encode())
         return self.figures[key]
 
 

@@ -7,7 +7,9 @@
  * Read it from the end: `main` is the page from top to bottom. Latents and pictures are channels
  * first; all arithmetic is in double, in which the sums of an integer h_s are exact. Every length
  * and every shape is checked before it is used: a damaged file or archive ends in a sentence.
+ * Plain loops: some 10 seconds and 350 MB a megapixel.
  */
+#include <float.h>
 #include <math.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -16,6 +18,9 @@
 #include <string.h>
 
 typedef unsigned char byte;
+
+/* lengths of 32 bits add up without overflow in a size_t of 64; products are not rounded twice */
+typedef char needs_64_bits[sizeof(size_t) >= 8 && FLT_EVAL_METHOD == 0 ? 1 : -1];
 
 /* Errors, memory, files -------------------------------------------------------------------- */
 
@@ -37,8 +42,12 @@ static byte *read_file(const char *path, size_t *length) {
     byte *data = memory(capacity, 1);
     while ((got = fread(data + used, 1, capacity - used, file)) > 0) {
         used += got;
-        if (used == capacity && !(data = realloc(data, capacity *= 2))) fail("not enough memory", "");
+        if (used < capacity) continue;
+        capacity *= 2;
+        data = realloc(data, capacity);
+        if (!data) fail("not enough memory", "");
     }
+    if (ferror(file)) fail("cannot read ", path);
     fclose(file);
     *length = used;
     return data;
@@ -149,10 +158,10 @@ static double number(const Array *array, size_t k, const char *name) {
     return 0;
 }
 
-/* The numbers of the array network.layer.field, of `count` numbers. */
+/* The numbers, `count` of them, of the array layer.field, or of `layer` where there is no field. */
 static double *numbers(const char *layer, const char *field, size_t count) {
     char name[64];
-    snprintf(name, sizeof name, "%s.%s", layer, field);
+    snprintf(name, sizeof name, field ? "%s.%s" : "%s", layer, field);
     Array array = find(name);
     if (array.count != count) fail("another shape is expected of ", name);
     double *values = memory(count, sizeof *values);
@@ -277,7 +286,10 @@ static Tensor h_s(Tensor x) {
             if (quantized) y.data[i] = ROUND(multiplier[i / plane] * y.data[i]);
             if (quantized && !last) y.data[i] = clamp(y.data[i], -8224, 57311);
         }
-        free(weight), free(bias), free(multiplier), free(x.data);
+        free(weight);
+        free(bias);
+        free(multiplier);
+        free(x.data);
         x = y;
     }
     return x;
@@ -313,7 +325,10 @@ static void inverse_gdn(Tensor x, const char *name) {
             for (size_t j = 0; j < x.width; j++) row[j] *= sqrt(energy[j]);
         }
     }
-    free(squares), free(energy), free(beta), free(gamma);
+    free(squares);
+    free(energy);
+    free(beta);
+    free(gamma);
 }
 
 /* y_hat with its gains undone -> x_hat - 0.5 */
@@ -328,17 +343,20 @@ static Tensor g_s(Tensor x) {
         double *bias = numbers(name, "bias", out);
         if (quantized) {
             double *scale = numbers(name, "weight_scale", out);
-            for (size_t i = 0; i < in * out * 25; i++) weight[i] *= scale[i / 25 % out];
+            for (size_t i = 0; i < in * out * 25; i++) weight[i] *= scale[(i / 25) % out];
             double *s = numbers(name, "input_scale", 1);
             if (k > 1 && !strstr(about, quoted))
                 for (size_t i = 0; i < in * x.height * x.width; i++)
                     x.data[i] = *s * clamp(ROUND(x.data[i] / *s), -128, 127);
-            free(scale), free(s);
+            free(scale);
+            free(s);
         }
         Tensor y = deconv(x, weight, out);
         add_bias(y, bias);
         if (k < 4) inverse_gdn(y, gdn);
-        free(weight), free(bias), free(x.data);
+        free(weight);
+        free(bias);
+        free(x.data);
         x = y;
     }
     return x;
@@ -395,7 +413,10 @@ static int32_t *symbols(const char *kind, const byte *words, size_t word_count, 
     }
     if (state || word_count || escapes_used != escape_count)
         fail("the entropy-coded data does not end where it must", "");
-    free(sizes), free(offsets), free(counts), free(C);
+    free(sizes);
+    free(offsets);
+    free(counts);
+    free(C);
     return symbol;
 }
 
@@ -435,9 +456,9 @@ int main(int argc, char **argv) {
     if (crc != little(file + 43, 4)) fail("the file is damaged", "");
     size_t h = (H + 63) / 64, w = (W + 63) / 64;
     if (!h || !w || h > 8192 / w) fail("the file declares no pixels, or more than 2^25", "");
-    Array log_gains = find("log_inverse_gain");
-    size_t levels = log_gains.shape[0], M = log_gains.shape[1], level = quality / 256;
-    if (log_gains.axes != 2 || M < 1 || M > 4096) fail("damaged: ", "log_inverse_gain");
+    Array gains = find("log_inverse_gain");
+    size_t levels = gains.shape[0], M = gains.shape[1], level = quality / 256;
+    if (gains.axes != 2 || M < 1 || M > 2048) fail("damaged: ", "log_inverse_gain");
     if (!levels || quality > 256 * (levels - 1)) fail("the codec has no such quality", "");
     const byte *z_words = file + 47, *y_words = z_words + 4 * counts[0];
     const byte *z_escapes = y_words + 4 * counts[1], *y_escapes = z_escapes + 4 * counts[2];
@@ -459,6 +480,7 @@ int main(int argc, char **argv) {
     for (size_t k = 0; k < y_count; k++) {
         double index = out.data[y_count + k];
         if (!quantized) index = ROUND((index - lowest) / step);
+        if (!isfinite(index)) fail("h_s gives no number", "");
         table[k] = (uint16_t)clamp(index, 0, 63);
         if (quantized) out.data[k] /= 4096;
     }
@@ -475,24 +497,26 @@ int main(int argc, char **argv) {
 
     /* the picture */
     Tensor y_hat = tensor(M, 4 * h, 4 * w);
-    double t = quality / 256.0 - (double)level;
-    for (size_t k = 0; k < y_count; k++) {
-        size_t c = k / (16 * h * w), next = level + 1 < levels ? level + 1 : level;
-        double gain = exp((1 - t) * number(&log_gains, level * M + c, "log_inverse_gain")
-                          + t * number(&log_gains, next * M + c, "log_inverse_gain"));
-        y_hat.data[k] = (y[k] + out.data[k]) * gain;
+    double *L = numbers("log_inverse_gain", NULL, levels * M), t = quality / 256.0 - (double)level;
+    size_t next = level + 1 < levels ? level + 1 : level, plane = 16 * h * w;
+    for (size_t c = 0; c < M; c++) {
+        double gain = exp((1 - t) * L[level * M + c] + t * L[next * M + c]);
+        for (size_t k = c * plane; k < (c + 1) * plane; k++)
+            y_hat.data[k] = (y[k] + out.data[k]) * gain;
     }
     Tensor x_hat = g_s(y_hat);
     if (x_hat.channels != 3) fail("another shape is expected of ", "g_s.conv4.weight");
+    byte *picture = memory(H * W, 3);
+    for (size_t k = 0; k < H * W * 3; k++) {
+        size_t c = k % 3, j = k / 3 % W, i = k / 3 / W;
+        double v = x_hat.data[(c * x_hat.height + i) * x_hat.width + j] + 0.5;
+        if (!isfinite(v)) fail("g_s gives no number", "");
+        picture[k] = (byte)ROUND(255 * clamp(v, 0, 1));
+    }
     FILE *ppm = fopen(argv[3], "wb");
     if (!ppm) fail("cannot write ", argv[3]);
     fprintf(ppm, "P6 %zu %zu 255\n", W, H);
-    for (size_t i = 0; i < H; i++)
-        for (size_t j = 0; j < W; j++)
-            for (size_t c = 0; c < 3; c++) {
-                double v = x_hat.data[(c * x_hat.height + i) * x_hat.width + j] + 0.5;
-                fputc((int)ROUND(255 * clamp(v, 0, 1)), ppm);
-            }
-    if (fclose(ppm)) fail("cannot write ", argv[3]);
+    fwrite(picture, 3, H * W, ppm);
+    if (ferror(ppm) || fclose(ppm)) fail("cannot write all of ", argv[3]);
     return 0;
 }

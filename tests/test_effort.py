@@ -1,12 +1,14 @@
 """The encoder that searches: never worse, only its own latents, and nothing new to decode."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
 from golden.make import FOLDER
 from helpers import lively_codec, photo_like, quantized_codec, run_script
+from PIL import Image
 
 import lic
 from lic import measure
@@ -14,6 +16,7 @@ from lic.codec.bitstream import ImageCoder
 from lic.codec.gradients import round_ste
 from lic.codec.tables import build_tables
 from lic.files import LicError
+from lic.images import dead_leaves
 from lic.metrics import squared_error
 from lic.train import effort, tiles
 from lic.train.effort import annealed, lmbda_of, search, temperature
@@ -67,13 +70,11 @@ def test_effort_gains_and_more_effort_gains_more():
 def test_the_search_is_the_same_every_time_and_leaves_the_codec_as_it_was(coder):
     image, before = picture(64, 64), coder.encode(picture(64, 64), 1)
     torch.manual_seed(5)
-    first = effort.encode(coder, image, 1, effort=2)
     expected = torch.rand(1)
     torch.manual_seed(5)
-    torch.rand(3)
-    torch.manual_seed(5)
+    first = effort.encode(coder, image, 1, effort=2)
+    assert torch.rand(1) == expected  # nobody else's noise is used up
     assert effort.encode(coder, image, 1, effort=2) == first
-    assert torch.rand(1) == expected
     assert coder.encode(image, 1) == before
     assert all(parameter.requires_grad for parameter in coder.model.g_s.parameters())
 
@@ -169,7 +170,7 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(effort, "search_tile", interrupted)
+    monkeypatch.setattr(effort, "train_latents", interrupted)
     command = ["lic/__main__.py", "compress", FOLDER / "leaves.png", tmp_path / "a.lic"]
     assert run_script(monkeypatch, *command, "--effort", 2) == 130
     assert capsys.readouterr().err == "interrupted\n"
@@ -197,7 +198,30 @@ def test_an_evaluation_that_stopped_goes_on_from_its_record(tmp_path, monkeypatc
         measured.clear()
         statuses.append(run_script(monkeypatch, *command))
     assert statuses == [130, 130, 0] and len(measured) == 2
-    assert len(json.loads(record.read_text())) == 2 * 3 * 2  # images, levels, efforts
-    record.write_text("[1]")
-    with pytest.raises(LicError, match="no record"):
-        measure.Record(record)
+    assert len(json.loads(record.read_text())["measured"]) == 2 * 3 * 2  # images, levels, efforts
+    record_bytes = record.read_bytes()
+    for other in ("[1]", "{}", '{"curves": {}}', '{"measured": {"a": {"bpp": "x"}}}', "{", "3"):
+        record.write_text(other)
+        with pytest.raises(LicError, match="no record"):
+            measure.Record(record)
+        assert record.read_text() == other
+    record.write_bytes(record_bytes)
+    assert run_script(monkeypatch, *command, "--json", record, "--overwrite") == 2
+    assert record.read_bytes() == record_bytes
+
+
+@pytest.mark.parametrize("wrong", [-1, 1.5, "3"])
+def test_an_effort_that_is_no_number_of_steps_is_refused(coder, wrong):
+    with pytest.raises(LicError, match="not a whole number"):
+        lic.encode(coder, picture(64, 64), 1, effort=wrong)
+
+
+def test_the_tool_prints_a_row_a_variant(tmp_path, monkeypatch, capsys):
+    Image.fromarray(dead_leaves(0)).save(tmp_path / "a.png")
+    command = ["tools/effort.py", "--checkpoint", FOLDER / "quantized.pt", "variants", tmp_path]
+    names = ["10 steps", "atanh, as in the paper", "SOFTNESS 0.7"]
+    assert run_script(monkeypatch, *command, "--levels", 0, 2, "--only", *names) == 0
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert len(rows) == 3
+    changes = [float(cell) for row in rows for cell in re.findall(r"([+-][0-9.]+)%", row)]
+    assert len(set(changes)) == 6 and max(changes) < 0

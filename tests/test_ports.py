@@ -32,7 +32,7 @@ from lic.codec.integer import IntegerHyperSynthesis  # noqa: E402
 
 COMPILER = shutil.which("cc")
 FILES = sorted(path.name for path in FOLDER.glob("*.lic"))
-SANITIZERS = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover"]
+SANITIZERS = ["-g", "-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all"]
 
 
 def build(folder, *options):
@@ -114,6 +114,19 @@ def damage(program, folder, files, archives):
         assert done.returncode == 0 or done.stderr.startswith("error: "), (k, done.stderr)
         refused[of_archive] += done.returncode
     return refused
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C compiler (cc) here")
+@pytest.mark.parametrize("name, value", [("log_inverse_gain", 1e4), ("h_s.conv3.bias", np.nan),
+    ("log_inverse_gain", -np.inf)])  # fmt: skip
+def test_c_writes_no_picture_of_what_is_no_number(name, value, tmp_path):
+    program = build(tmp_path, *SANITIZERS) or build(tmp_path)
+    arrays = dict(np.load(FOLDER / "codec.npz"))
+    arrays[name] = np.full_like(arrays[name], value)
+    np.savez(tmp_path / "a.npz", **arrays)
+    done = decode(program, tmp_path / "a.npz", FOLDER / "codec_leaves_0.lic", tmp_path / "a.ppm")
+    assert done.returncode == 1 and " no number" in done.stderr
+    assert not (tmp_path / "a.ppm").exists()
 
 
 @pytest.mark.skipif(COMPILER is None, reason="no C compiler (cc) here")
@@ -221,5 +234,7 @@ if __name__ == "__main__":
 
     with tempfile.TemporaryDirectory() as folder:
         program = build(Path(folder), *SANITIZERS)
+        if program is None:
+            sys.exit("no C compiler here that has these sanitizers")
         files, archives = damage(program, Path(folder), files=1000, archives=200)
     print(f"refused: {files} of 1000 damaged files, {archives} of 200 damaged archives; no crash")

@@ -25,13 +25,12 @@ from evaluate import import_pyplot
 from lic import SHIPPED, load
 from lic.codec.bitstream import padded
 from lic.codec.gradients import round_ste
-from lic.files import LicError, claim_output, write_bytes
+from lic.files import claim_output, write_bytes
 from lic.images import find_images, fixed_crops, read_image, read_images
 from lic.options import positive_whole_number, whole_number
 from lic.program import run
 from lic.train import effort
 from lic.train.effort import annealed
-from lic.train.tiles import tiles_of
 
 
 def straight_through(v, tau, noise):
@@ -43,7 +42,9 @@ def with_atanh(v, tau, noise):
     low = v.detach().floor()
     d = (v - low).clamp(effort.NEAREST, 1 - effort.NEAREST)
     towards_upper = (torch.atanh(d) - torch.atanh(1 - d)) / tau
-    towards_upper = towards_upper + torch.logit(torch.rand(v.shape, generator=noise), 1e-4)
+    towards_upper = towards_upper + torch.logit(
+        torch.rand(v.shape, generator=noise), effort.NEAREST
+    )
     return low + torch.sigmoid(towards_upper / effort.SOFTNESS)
 
 
@@ -92,7 +93,7 @@ def parse_args():
     commands = parser.add_subparsers(dest="command", required=True)
     picture = commands.add_parser("picture")
     picture.set_defaults(function=show_picture)
-    picture.add_argument("image", help="of at most 768 pixels a side")
+    picture.add_argument("image", help="picture, of one megapixel, say: it is not cut into tiles")
     picture.add_argument("--level", type=whole_number, default=2, help="rate level (default: 2)")
     picture.add_argument("--curves", required=True, help="PNG to write")
     picture.add_argument("--bits", required=True, help="PNG to write")
@@ -110,40 +111,40 @@ def parse_args():
 
 
 class Search:
-    """A search of one tile: `losses`, J of the rounded y after each step, from step 0 on.
+    """The search of a picture, without tiles. `losses`: J of the rounded y, the first before it.
 
-    And where the bits of y lie, before the search and after: first_y_bits, y_bits (M, h, w).
+    y_bits (M, h, w): where the bits of y lie, as they were noted last.
     """
 
-    def __init__(self, coder, image, level, steps=STEPS, trace=True):
+    def __init__(self, coder, image, level):
         self.model, self.level, self.losses = coder.model, float(level), []
         self.lmbda = effort.lmbda_of(coder.model, self.level)
         height, width = image.shape[:2]
         self.x = padded(image)[:, :, :height, :width]
         y, z = coder.latents(image, self.level)
-        tiles = tiles_of(*y.shape[2:])
-        if len(tiles) > 1:
-            raise LicError("the image has more than 768 pixels on a side; give a smaller one")
-        with torch.no_grad():
-            self.z_bits = self.model.prior_z.bits(z.round()).sum()
         self.mean, self.log_scale = effort.coded_with(coder, z)
-        v = y - self.mean
-        self.note(v)
-        self.first_y_bits = self.y_bits
+        self.v = y - self.mean
+        _, self.inverse_gain = self.model.gains(torch.tensor([self.level]))
+        self.z_bits = self.model.prior_z.bits(z.round()).sum()
+        self.note(self.v)
+
+    def run(self, steps=STEPS, trace=False):
+        """trace: note every step, instead of the last one."""
+        own = torch.ones(self.v.shape[2:], dtype=torch.bool)
+        noise = torch.Generator().manual_seed(0)
         report = self.note if trace else lambda v, **figures: None
-        # fmt: off
-        effort.search_tile(
-            coder.model, image, v, self.mean, self.log_scale, tiles[0], self.level, self.lmbda,
-            steps, torch.Generator().manual_seed(0), report)
-        # fmt: on
-        self.note(v)
+        v = effort.train_latents(
+            self.model, self.x, self.v, self.mean, self.log_scale, own, self.inverse_gain,
+            self.lmbda, steps, noise, report)  # fmt: skip
+        if not trace:
+            self.note(v)
+        return self
 
     @torch.no_grad()
     def note(self, v, **figures):
         """J of what a file of v = y - mean would hold."""
         y_hat = self.mean + v.round()
-        _, inverse_gain = self.model.gains(torch.tensor([self.level]))
-        x_hat = self.model.g_s(y_hat * inverse_gain) + 0.5
+        x_hat = self.model.g_s(y_hat * self.inverse_gain) + 0.5
         mse = (x_hat[:, :, : self.x.shape[2], : self.x.shape[3]] - self.x).square().mean()
         self.y_bits = self.model.prior_y.bits(y_hat, self.mean, self.log_scale)[0]
         bpp = (self.y_bits.sum() + self.z_bits) / (self.x.shape[2] * self.x.shape[3])
@@ -165,7 +166,7 @@ def show_variants(args, coder):
             for attribute, value in replaced.items():
                 stack.enter_context(mock.patch.object(effort, attribute, value))
             for level in args.levels:
-                searches = [Search(coder, image, level, steps, trace=False) for image in images]
+                searches = [Search(coder, image, level).run(steps) for image in images]
                 changes = [search.losses[-1] / search.losses[0] - 1 for search in searches]
                 row += f"{sum(changes) / len(changes):>+10.2%}"
         work = len(args.levels) * steps * len(images) * CROP**2 / 1e6
@@ -183,7 +184,7 @@ def plot_curves(pyplot, searches, path):
     figure, axes = pyplot.subplots(figsize=(7, 4))
     for name, search in searches.items():
         start = search.losses[0]
-        axes.plot([100 * (J / start - 1) for J in search.losses[:-1]], label=name)
+        axes.plot([100 * (J / start - 1) for J in search.losses], label=name)
     axes.axhline(0, color="grey", linewidth=0.5)
     axes.set(xlabel="step", ylabel="J of the rounded latents, % above the start")
     axes.legend()
@@ -191,8 +192,8 @@ def plot_curves(pyplot, searches, path):
     write_figure(figure, path)
 
 
-def plot_bits(pyplot, image, search, path):
-    before, after = (bits.sum(0) for bits in (search.first_y_bits, search.y_bits))
+def plot_bits(pyplot, image, before, after, path):
+    """before, after: bits of each position of y, (h, w)."""
     largest = max(before.max(), after.max())
     figure, panels = pyplot.subplots(2, 2, figsize=(10, 6.5), layout="constrained")
     (picture, difference), below = panels
@@ -218,13 +219,17 @@ def show_picture(args, coder):
     for path in (args.curves, args.bits):
         claim_output(path, ".png", args.overwrite, [args.image, args.checkpoint])
     pyplot, image = import_pyplot(), read_image(args.image)
-    searches = {"annealing": Search(coder, image, args.level)}
+    searches = {
+        name: Search(coder, image, args.level) for name in ("annealing", "straight through")
+    }
+    before = searches["annealing"].y_bits.sum(0)
+    searches["annealing"].run(trace=True)
     with mock.patch.object(effort, "annealed", straight_through):
-        searches["straight through"] = Search(coder, image, args.level)
+        searches["straight through"].run(trace=True)
     for name, search in searches.items():
         print(f"{name:16}  J {search.losses[0]:.4f} -> {search.losses[-1]:.4f}, {STEPS} steps")
     plot_curves(pyplot, searches, args.curves)
-    plot_bits(pyplot, image, searches["annealing"], args.bits)
+    plot_bits(pyplot, image, before, searches["annealing"].y_bits.sum(0), args.bits)
 
 
 def main():

@@ -52,7 +52,7 @@ class ImageCoder:
 
         quality: a rate level, 0 to levels - 1, in steps of 1/256; by default the one in the middle.
         Raises TypeError for an array of another kind, LicError for another quality or more than
-        max_pixels. Files that are smaller at equal quality, and slow to make: train/effort.py.
+        max_pixels. train/effort.py makes better files, slowly.
         """
         level = self.level(quality)
         y, z = self.latents(image, level, max_pixels)
@@ -73,8 +73,8 @@ class ImageCoder:
     def latents(self, image, level, max_pixels=MAX_PIXELS):
         """What g_a, with the gains, and h_a make of an image, padded to multiples of 64.
 
-        y (1, M, H/16, W/16), z (1, Z, H/64, W/64), not rounded. level: from `level`. Raises as
-        `encode` does.
+        y (1, M, H/16, W/16), z (1, Z, H/64, W/64), not rounded. level: as `level` gives it. Raises
+        as `encode` does.
         """
         check_image(image)
         height, width = image.shape[:2]
@@ -89,7 +89,10 @@ class ImageCoder:
 
     @torch.inference_mode()
     def encode_latents(self, y, z, level, height, width):
-        """The bytes of an image of height x width pixels from its latents, which it rounds."""
+        """The bytes of an image of height x width pixels from its latents, which are rounded here.
+
+        y, z: as `latents` gives them for such an image, or others of the same shapes.
+        """
         z_symbols = integers(z, "z")
         mean, y_index = self.entropy_parameters(z_symbols.reshape(z.shape[1:]))
         y_symbols = integers(y - mean, "y")

@@ -32,10 +32,10 @@ from lic.metrics import psnr, squared_error
 from lic.train.loop import Progress
 from lic.train.tiles import tiles_of
 
-LEARNING_RATE = 0.01  # of Adam: about as far does a latent move in a step
+LEARNING_RATE = 0.01  # of Adam: a latent moves about so far in a step
 TAU, TAU_HELD, TAU_FALL = 0.5, 0.35, 2.0  # see `temperature`
 SOFTNESS = 0.5
-NEAREST = 1e-4  # to an integer; a latent that is nearer counts as so near
+NEAREST = 1e-4  # to an integer; a latent that is nearer counts as so near, and has no gradient
 
 
 def encode(coder, image, quality=None, effort=60, max_pixels=MAX_PIXELS, verbose=False):
@@ -43,7 +43,7 @@ def encode(coder, image, quality=None, effort=60, max_pixels=MAX_PIXELS, verbose
 
     coder: a bitstream.ImageCoder; its `encode` says what the other arguments are and what is
     raised. Of the searched file and the plain one the better is returned, by J of what each decodes
-    to. verbose: print how it goes.
+    to. verbose: print how the search goes (of what it tries, without z) and what both files are.
     """
     level = coder.level(quality)
     lmbda = lmbda_of(coder.model, level)
@@ -71,17 +71,13 @@ def lmbda_of(model, level):
 def search(coder, image, y, z, level, lmbda, steps, verbose=False):
     """A better y for an image, not rounded, where coder.latents gave y (1, M, H/16, W/16) and z.
 
-    Tile by tile, so that memory does not grow with the picture. A tile sees its neighbours, searched
-    or not yet, and what its own y changes of their pixels.
+    Tile by tile, so that the memory for g_s and its gradients does not grow with the picture. A
+    tile sees its neighbours, searched or not yet, and what its own y changes of their pixels.
     """
-    mean, index = coder.entropy_parameters(z[0].round().int().numpy())
-    index = torch.from_numpy(index).reshape(mean.shape)
-    mean, log_scale = (
-        mean.float(),
-        LOG_SCALE_MIN + LOG_SCALE_STEP * index,
-    )  # as the coder knows them
-    v = y - mean
     model = copy.deepcopy(coder.model).eval().requires_grad_(False)
+    _, inverse_gain = model.gains(torch.tensor([level]))
+    mean, log_scale = coded_with(coder, z)
+    v = y - mean
     tiles, noise = tiles_of(*v.shape[2:]), torch.Generator().manual_seed(0)
     progress = Progress(len(tiles) * steps) if verbose else None
 
@@ -90,8 +86,15 @@ def search(coder, image, y, z, level, lmbda, steps, verbose=False):
             progress.update(**figures)
 
     for tile in tiles:
+        # a position of y changes pixels `reach` positions away; y that far beyond do so, too
+        seen = tile.wider(2 * reach("g_s"), *v.shape[2:])
+        x = to_tensor([seen.pixels_of(image, coarse_side("g_s"))])  # without what was padded
+        own = tile.inside(seen)
         with torch.autocast("cpu", torch.bfloat16, enabled=coder.amp):
-            search_tile(model, image, v, mean, log_scale, tile, level, lmbda, steps, noise, report)
+            found = train_latents(
+                model, x, seen.of(v), seen.of(mean), seen.of(log_scale), own.mask_of(seen.of(v)),
+                inverse_gain, lmbda, steps, noise, report)  # fmt: skip
+        tile.of(v)[:] = own.of(found)
     return v + mean
 
 
@@ -102,34 +105,29 @@ def coded_with(coder, z):
     return mean.float(), LOG_SCALE_MIN + LOG_SCALE_STEP * index
 
 
-def search_tile(model, image, v, mean, log_scale, tile, level, lmbda, steps, noise, report):
-    """Replace v = y - mean by a better one in a tile, a Window of positions of y.
+def train_latents(model, x, v, mean, log_scale, own, inverse_gain, lmbda, steps, noise, report):
+    """A better v = y - mean for the pixels x, where `own`; elsewhere it stays, rounded.
 
-    report is called after each step, with v of the tile and its margins, J, bpp and PSNR.
+    x (1, 3, H, W); v, mean, log_scale (1, M, h, w), h and w at least H/16 and W/16; own (h, w) bool.
+    report is called after each step, with v and with J, bpp_y and PSNR of what was tried.
     """
-    # a position changes pixels as far as g_s reaches, and these see as far again
-    seen = tile.wider(2 * reach("g_s"), *v.shape[2:])
-    x = to_tensor([seen.pixels_of(image, coarse_side("g_s"))])  # without what was padded
-    mean, log_scale = seen.of(mean), seen.of(log_scale)
-    part = seen.of(v).clone().requires_grad_()
-    own = tile.inside(seen).mask_of(part)
-    _, inverse_gain = model.gains(torch.tensor([level]))
-    adam = torch.optim.Adam([part], lr=LEARNING_RATE)
+    v = v.clone().requires_grad_()
+    adam = torch.optim.Adam([v], lr=LEARNING_RATE)
     for step in range(steps):
-        v_hat = torch.where(own, annealed(part, temperature(step / steps), noise), part.round())
-        y_hat = v_hat + mean
+        tau = temperature(step / steps)
+        y_hat = torch.where(own, annealed(v, tau, noise), v.round()) + mean
         x_hat = model.g_s(y_hat * inverse_gain).to(x.dtype) + 0.5
         bits = soft_limit(model.prior_y.bits(y_hat, mean, log_scale))
 
         mse = (x_hat[:, :, : x.shape[2], : x.shape[3]] - x).square().mean()
-        bpp = bits.sum() / (x.shape[2] * x.shape[3])  # of y alone
-        J = bpp + lmbda * 255**2 * mse
+        bpp_y = bits.sum() / (x.shape[2] * x.shape[3])
+        J = bpp_y + lmbda * 255**2 * mse
         adam.zero_grad()
         J.backward()
         adam.step()
         with torch.no_grad():
-            report(part.detach(), J=J.detach(), bpp=bpp.detach(), psnr=-10 * torch.log10(mse))
-    tile.of(v)[:] = tile.inside(seen).of(part.detach())
+            report(v.detach(), J=J.detach(), bpp_y=bpp_y.detach(), psnr=-10 * torch.log10(mse))
+    return v.detach()
 
 
 def temperature(progress):
