@@ -133,11 +133,11 @@ class Search:
         own = torch.ones(self.v.shape[2:], dtype=torch.bool)
         noise = torch.Generator().manual_seed(0)
         report = self.note if trace else lambda v, **figures: None
-        v = effort.train_latents(
+        self.found = effort.train_latents(
             self.model, self.x, self.v, self.mean, self.log_scale, own, self.inverse_gain,
             self.lmbda, steps, noise, report)  # fmt: skip
         if not trace:
-            self.note(v)
+            self.note(self.found)
         return self
 
     @torch.no_grad()
@@ -228,6 +228,11 @@ def show_picture(args, coder):
         searches["straight through"].run(trace=True)
     for name, search in searches.items():
         print(f"{name:16}  J {search.losses[0]:.4f} -> {search.losses[-1]:.4f}, {STEPS} steps")
+    old, new = searches["annealing"].v.round(), searches["annealing"].found.round()
+    print(
+        f"annealing changed {(old != new).sum():,} of {old.numel():,} latents, by at most "
+        f"{(old - new).abs().max():g}; not 0 were {(old != 0).sum():,}, are {(new != 0).sum():,}"
+    )
     plot_curves(pyplot, searches, args.curves)
     plot_bits(pyplot, image, before, searches["annealing"].y_bits.sum(0), args.bits)
 
