@@ -587,6 +587,7 @@ FLAGS = {
     "resume",
     "control",
     "held-out",
+    "record",
     "published",
     "json",
     "plot",

@@ -33,6 +33,7 @@ from lic.train.loop import Progress
 from lic.train.tiles import tiles_of
 
 LEARNING_RATE = 0.01  # of Adam: a latent moves about so far in a step
+FARTHEST = 1.0  # of a latent, in all steps: so a long search takes smaller ones
 TAU, TAU_HELD, TAU_FALL = 0.5, 0.35, 2.0  # see `temperature`
 SOFTNESS = 0.5
 NEAREST = 1e-4  # to an integer; a latent that is nearer counts as so near, and has no gradient
@@ -108,11 +109,11 @@ def coded_with(coder, z):
 def train_latents(model, x, v, mean, log_scale, own, inverse_gain, lmbda, steps, noise, report):
     """A better v = y - mean for the pixels x, where `own`; elsewhere it stays, rounded.
 
-    x (1, 3, H, W); v, mean, log_scale (1, M, h, w), h and w at least H/16 and W/16; own (h, w) bool.
+    x (1, 3, H, W); v, mean, log_scale (1, M, h, w), h, w at least H/16, W/16; own (h, w) bool.
     report is called after each step, with v and with J, bpp_y and PSNR of what was tried.
     """
     v = v.clone().requires_grad_()
-    adam = torch.optim.Adam([v], lr=LEARNING_RATE)
+    adam = torch.optim.Adam([v], lr=min(LEARNING_RATE, FARTHEST / steps))
     for step in range(steps):
         tau = temperature(step / steps)
         y_hat = torch.where(own, annealed(v, tau, noise), v.round()) + mean

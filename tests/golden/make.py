@@ -248,7 +248,7 @@ def make_exact():
     """Files that a decoder with one of the mistakes of mistakes.py refuses.
 
     exact/float.lic is of codec.npz. exact/integer.lic is of exact/integer.npz: quantized.npz with
-    the multipliers of every other channel rounded to powers of two, so that exactly one half occurs.
+    the multipliers of every other channel rounded to powers of two, so that one half occurs.
     """
     forge("float", dict(np.load(FOLDER / "codec.npz")), FLOAT_MISTAKES)
     arrays = dict(np.load(FOLDER / "quantized.npz"))
