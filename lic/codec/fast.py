@@ -1,11 +1,13 @@
 """Faster forms of the same networks, for coding on a CPU. All works without this file, slower.
 
-8-bit convolutions run on int8 kernels, which compute the same integers as the simulation in
-eight_bits.py, and the last layer of g_s as an ordinary convolution. torch has such a kernel on x86,
-outside its documented interface (it serves torch.compile). So it is looked for and tried
-(`available`), and where it is missing, or wrong, the simulation computes the codec. In g_a, h_a and
-g_s the result differs from the simulation in the last bits of a float32; in h_s, which must be
-exact everywhere, in none.
+GDN runs in place, some positions at a time. 8-bit convolutions run on int8 kernels, which compute
+the same integers as the simulation in eight_bits.py: a transposed one as four small ordinary ones,
+one for each phase of the output. The last layer of g_s, too, becomes an ordinary one.
+
+torch has the kernels on x86, outside its documented interface (they serve torch.compile). So they
+are looked for and tried (`available`), and where they are missing, or wrong, the simulation
+computes the codec. In g_a, h_a and g_s the result differs from the simulation in the last bits of a
+float32; in h_s, which must be exact everywhere, in none.
 """
 
 import functools
@@ -17,54 +19,117 @@ from torch import nn
 from torch.nn import functional as F
 
 from lic.codec.eight_bits import DIGIT, SIGNED, WIDE, QuantizedConvolution
+from lic.codec.gdn import GDN, IGDN
 from lic.codec.integer import h_s_layers
-from lic.codec.structure import subpixel
+from lic.codec.structure import phase_kernels, subpixel
+
+STRIP = 2**18  # numbers of x: 1 MiB, which stays in a core's cache
+OUTPUTS = 256  # channels that one kernel makes: with 384 each takes twice as long
+
+
+class StripGDN(nn.Module):
+    """A GDN or IGDN in place, the same bits: what is passed in is what is returned, changed.
+
+    Some positions at a time, so that their energies never leave the cache.
+    """
+
+    def __init__(self, gdn):
+        super().__init__()
+        self.gdn = gdn
+        beta, gamma = gdn.coefficients()
+        self.beta, self.gamma = beta.detach(), gamma.detach().T.contiguous()  # gamma: (in, out)
+        self.root = torch.sqrt if isinstance(gdn, IGDN) else torch.rsqrt
+
+    def forward(self, x):
+        """(B, C, H, W), channels last in memory."""
+        if x.dtype != torch.float32:  # bf16 has kernels of its own
+            return self.gdn(x)
+        channels = x.shape[1]
+        positions = x.permute(0, 2, 3, 1).view(-1, channels)  # of the same memory
+        for strip in positions.split(max(1, STRIP // channels)):
+            energy = torch.addmm(self.beta, strip * strip, self.gamma)
+            strip.mul_(self.root(energy, out=energy))
+        return x
+
+
+class Int8Kernel:
+    """An ordinary convolution on torch's kernel.
+
+        output = (sum of weight * (q - zero_point)) * weight_scale * input_scale + bias
+
+    weight: integers (out, in, kh, kw); weight_scale, bias: (out,).
+    """
+
+    def __init__(self, weight, weight_scale, bias, input_scale, zero_point, stride, padding):
+        self.weight_scale, self.bias = weight_scale, bias
+        self.weight_zero = torch.zeros(len(weight), dtype=torch.int32)
+        self.input_scale, self.zero_point = input_scale, zero_point
+        self.stride, self.padding = stride, padding
+        # fmt: off
+        self.packed = torch.ops.onednn.qconv_prepack(
+            weight.to(torch.int8).contiguous(), weight_scale, input_scale, zero_point,
+            stride, padding, (1, 1), 1, None)
+        # fmt: on
+
+    def __call__(self, q, dtype):
+        """q (B, in, h, w) uint8, channels last -> (B, out, h', w') of dtype."""
+        # fmt: off
+        return torch.ops.onednn.qconv2d_pointwise(
+            q, self.input_scale, self.zero_point, self.packed, self.weight_scale,
+            self.weight_zero, self.bias, self.stride, self.padding,
+            (1, 1), 1, 1.0, 0, dtype, "none", [], "")
+        # fmt: on
 
 
 class Int8Convolution(nn.Module):
-    """The int8 weights of a quantized layer on the kernel; returns bf16 under autocast.
+    """A quantized layer on Int8Kernels; returns bf16 under autocast.
 
-        output = (sum of weight * q) * weight_scale * input_scale + bias
-        q      = clamp(round(x / input_scale), low, high)
-
-    weight_scale, bias: (out,). The kernel has no transposed form that doubles the size, so
-    `subpixel` turns such a layer into an ordinary one.
+    It rounds its input to q = clamp(round(x / input_scale), *limits). weight_scale, bias: (out,).
     """
 
     def __init__(self, layer, limits, input_scale, weight_scale, bias):
         super().__init__()
         low, high = limits
         self.zero_point, self.largest = -low, high - low  # the kernel takes 0 to 255
-        self.input_scale, self.transposed = input_scale, layer.transposed
+        self.input_scale, self.channels = input_scale, layer.out_channels
+        self.transposed = layer.transposed
+        weight, weight_scale, bias = layer.integer_weight(), weight_scale.detach(), bias.detach()
+        self.largest_sum = 0  # that the kernels can meet
+        self.kernels = []  # each makes some channels, or (row, column, kernel) some positions
+
+        def kernel(part, channels, stride, padding):
+            sums = part.abs().flatten(1).sum(1)
+            self.largest_sum = max(self.largest_sum, self.largest * sums.max().item())
+            return Int8Kernel(
+                part, weight_scale[channels], bias[channels], input_scale, self.zero_point,
+                stride, padding,
+            )  # fmt: skip
+
         if self.transposed:
-            weight, repeats = subpixel(layer.integer_weight()), 4
-            self.stride, self.padding = (1, 1), (1, 1)
+            for row, column, part in phase_kernels(weight):
+                self.kernels.append((row, column, kernel(part, slice(None), (1, 1), (1, 1))))
         else:
-            weight, repeats = layer.integer_weight(), 1
-            self.stride, self.padding = layer.stride, layer.padding
-        self.weight_scale = weight_scale.detach().repeat_interleave(repeats)
-        self.bias = bias.detach().repeat_interleave(repeats)
-        self.largest_sum = self.largest * weight.abs().flatten(1).sum(1).max().item()
-        self.weight_zero = torch.zeros(len(weight), dtype=torch.int32)
-        # fmt: off
-        self.packed = torch.ops.onednn.qconv_prepack(
-            weight.to(torch.int8).contiguous(), self.weight_scale, self.input_scale,
-            self.zero_point, self.stride, self.padding, (1, 1), 1, None)
-        # fmt: on
+            for start in range(0, self.channels, OUTPUTS):
+                channels = slice(start, start + OUTPUTS)
+                part = weight[channels]
+                self.kernels.append(kernel(part, channels, layer.stride, layer.padding))
 
     def forward(self, x):
         """(B, in, h, w) -> what the layer makes of it, (B, out, h', w')."""
         # in float32: bf16 has no room for both the integer and its fraction
         q = x.float().div(self.input_scale).round_().add_(self.zero_point)
-        q = q.clamp_(0, self.largest).to(torch.uint8)
+        q = q.clamp_(0, self.largest).to(torch.uint8).contiguous(memory_format=torch.channels_last)
         dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else torch.float32
-        # fmt: off
-        out = torch.ops.onednn.qconv2d_pointwise(
-            q.contiguous(memory_format=torch.channels_last), self.input_scale, self.zero_point,
-            self.packed, self.weight_scale, self.weight_zero, self.bias, self.stride, self.padding,
-            (1, 1), 1, 1.0, 0, dtype, "none", [], "")
-        # fmt: on
-        return F.pixel_shuffle(out, 2) if self.transposed else out
+        if not self.transposed:
+            parts = [kernel(q, dtype) for kernel in self.kernels]
+            return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        B, _, h, w = q.shape
+        size = B, self.channels, 2 * h, 2 * w
+        made = torch.empty(size, dtype=dtype, memory_format=torch.channels_last)
+        for row, column, kernel in self.kernels:
+            # padded on all sides, the kernels of odd rows or columns begin one input too early
+            made[:, :, row::2, column::2] = kernel(q, dtype)[:, :, row:, column:]
+        return made
 
 
 def int8_layer(layer):
@@ -93,9 +158,8 @@ class Int8IntegerConvolution(nn.Module):
         high = torch.floor((q - DIGIT[0]) / 256)
         low = q - 256 * high
         with torch.autocast("cpu", enabled=False):
-            sums = self.kernel(torch.cat([high, low])).double()
-        high_sums, low_sums = sums.chunk(2)
-        return 256 * high_sums + low_sums + self.bias
+            high_sums, low_sums = self.kernel(torch.cat([high, low])).chunk(2)
+        return high_sums.double().mul_(256).add_(low_sums).add_(self.bias)
 
 
 class LastConvolution(nn.Module):
@@ -141,6 +205,8 @@ def faster(network):
     for name, layer in network.named_children():
         if isinstance(layer, QuantizedConvolution) and layer.input_range:
             modules[name] = int8_layer(layer) if available() else layer
+        elif isinstance(layer, GDN):
+            modules[name] = StripGDN(layer)
         elif getattr(layer, "transposed", False) and layer.out_channels == 3:
             modules[name] = LastConvolution(layer)
         else:

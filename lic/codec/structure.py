@@ -244,27 +244,30 @@ def broadcast(v, axis):
 #     taps of 5       4   2   0    3   1
 #     input pixel     a-1 a   a+1  a   a+1
 #
-# A phase is written as (tap, input) pairs; input 0, 1, 2 stands for a-1, a, a+1.
-PHASES = [
-    [(0, 2), (2, 1), (4, 0)],
-    [(1, 2), (3, 1)],
-]
+PHASES = [[4, 2, 0], [3, 1]]  # the taps of even and of odd output pixels, in the order of inputs
+
+
+def phase_kernels(weight):
+    """A doubling transposed convolution as four ordinary ones: (row, column, kernel) of each phase.
+
+    weight (in, out, 5, 5); kernel (out, in, 3 or 2, 3 or 2): 3 taps for an even row or column of
+    the output, which begin at input a-1, 2 for an odd one, which begin at a.
+    """
+    for row, rows in enumerate(PHASES):
+        for column, columns in enumerate(PHASES):
+            yield row, column, weight[:, :, rows][:, :, :, columns].transpose(0, 1)
 
 
 def subpixel(weight):
-    """A doubling transposed convolution as an ordinary one: (in, out, 5, 5) -> (4 out, in, 3, 3).
+    """The four as one ordinary convolution: (in, out, 5, 5) -> (4 out, in, 3, 3).
 
-    The ordinary one has stride 1 and padding 1. It makes four channels of each, one for each
-    position in a 2x2 block of the output, and `pixel_shuffle` with 2 puts them there.
+    It has stride 1 and padding 1 and makes four channels of each, one for each position in a 2x2
+    block of the output; `pixel_shuffle` with 2 puts them there.
     """
     c_in, c_out = weight.shape[:2]
     kernels = weight.new_zeros(c_out, 2, 2, c_in, 3, 3)
-    for row_phase in (0, 1):
-        for column_phase in (0, 1):
-            for tap_row, row in PHASES[row_phase]:
-                for tap_column, column in PHASES[column_phase]:
-                    taps = weight[:, :, tap_row, tap_column].T  # (out, in)
-                    kernels[:, row_phase, column_phase, :, row, column] = taps
+    for row, column, kernel in phase_kernels(weight):
+        kernels[:, row, column, :, row:, column:] = kernel
     return kernels.view(4 * c_out, c_in, 3, 3)
 
 

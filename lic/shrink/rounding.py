@@ -90,7 +90,7 @@ def patch_moments(model, x, names=None):
 def patches(layer, x):
     """What a kernel meets of x (B, in, h, w) at each position: (positions, in * k * k).
 
-    Of a transposed convolution, the 3x3 inputs around each one, as structure.PHASES numbers them.
+    Of a transposed convolution, the 3x3 inputs around each one, see structure.PHASES.
     """
     if layer.transposed:
         columns = F.unfold(x, 3, padding=1)
@@ -111,12 +111,10 @@ def tap_groups(layer):
     weights = torch.arange(layer.in_channels * 25).view(-1, 5, 5)
     entries = torch.arange(layer.in_channels * 9).view(-1, 3, 3)
     groups = []
-    for row_phase in structure.PHASES:
-        for column_phase in structure.PHASES:
-            tap_rows, rows = zip(*row_phase)
-            tap_columns, columns = zip(*column_phase)
+    for row, tap_rows in enumerate(structure.PHASES):
+        for column, tap_columns in enumerate(structure.PHASES):
             met_weights = weights[:, tap_rows][:, :, tap_columns]
-            met_entries = entries[:, rows][:, :, columns]
+            met_entries = entries[:, row:, column:]  # an odd phase begins an input later
             groups.append((met_weights.flatten(), met_entries.flatten()))
     return groups
 
