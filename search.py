@@ -4,11 +4,12 @@
     python search.py --checkpoint runs/small.pt --data photos/ --amp --target 0.6 --of macs
 
 Prints the sensitivity of J to each group, moves the threshold alpha until the target share of
-parameters (or multiply-accumulates) is gone, and writes plan.json for prune.py.
+parameters (or multiply-accumulates, or time) is gone, and writes plan.json for prune.py.
 """
 
 import lic.interrupt  # first: from here on Ctrl-C is a word
 
+import functools
 import time
 
 import numpy as np
@@ -30,6 +31,7 @@ from lic.shrink import search
 from lic.shrink.plan import load_plan, save_plan
 from lic.shrink.pruning import importance, most_important, narrow
 from lic.shrink.statistics import observe
+from lic.shrink.timing import milliseconds, time_layers
 from lic.train.loop import add_image_arguments, data_option, images_for
 from lic.train.loss import mean_loss
 
@@ -38,11 +40,14 @@ def parse_args():
     # fmt: off
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add("--checkpoint", default="runs/base.pt", help="codec to prune (default: runs/base.pt)")
+    add("--checkpoint", default="runs/dense.pt", help="codec to prune (default: runs/dense.pt)")
     add_image_arguments(parser)
     add("--target", type=share, default=0.5, help="share to remove, 0 to 1 (default: 0.5)")
-    add("--of", choices=("params", "macs", "both"), default="params",
-        help="what the target counts; both: the smaller share of the two (default: params)")
+    add("--of", choices=("params", "macs", "both", "time"), default="params",
+        help="what the target counts; both: the smaller share of the first two; time: of coding on "
+        "this machine, in 8 bits (default: params)")
+    add("--decodings", type=positive_number, default=1,
+        help="with --of time: how often a picture is decoded once it is encoded (default: 1)")
     add("--delta", type=positive_number, default=0.02,
         help="how far from the target a plan may be (default: 0.02)")
     add("--method", choices=("threshold", "evolve", "uniform"), default="threshold",
@@ -116,9 +121,19 @@ def main():
     x = fixed_crops(train, args.crops, args.crop)  # (crops, 3, crop, crop)
     cutter = Cutter(model, x, args.importance, args.amp)
 
+    timing, cost = None, None
+    if args.of == "time":
+        timing = time_layers(config, args.decodings)
+        cost = functools.partial(milliseconds, timing)
+        print(f"the codec takes {cost(config['widths']):.0f} ms to code 768x512 pixels, "
+              "entropy coding left out")  # fmt: skip
+
+    def share(widths):
+        return search.sparsity(config, widths, cost)[args.of]
+
     table, alpha, ratio = None, None, None
     if args.method == "uniform":  # the control
-        ratio, widths, S = search.uniform_widths(config, args.target, args.of)
+        ratio, widths, S = search.uniform_widths(config, share, args.target)
         print(f"ratio {ratio:.3f} for every group")
     else:
         # the sensitivity of J to each group
@@ -128,16 +143,16 @@ def main():
             print("rise of J when one group alone keeps so many channels, mean over the levels")
             table = search.sensitivities(config, cutter.rise)
         # the threshold alpha, moved until the target is met
-        alpha, widths, S = search.adaptive_search(table, config, args.target, args.of)
+        alpha, widths, S = search.adaptive_search(table, share, args.target)
         print(f"alpha {alpha:.5f}")
     missed = abs(S - args.target) > args.delta
     evolving = args.method == "evolve" and not missed
     if evolving:  # whole plans
         rng = np.random.default_rng(args.seed)
-        widths = search.evolve(cutter.rise, widths, config, args.of, args.tries, rng)
+        widths = search.evolve(cutter.rise, share, widths, config, args.tries, rng)
 
     J_zeros, J_folded = cutter.loss(widths, fold=False), cutter.loss(widths)
-    sparsity = search.sparsity(config, widths)
+    sparsity = search.sparsity(config, widths, cost)
     out = free_name(args.out + ".nearest") if missed else args.out  # not what was asked for
     save_plan(
         out,
@@ -147,6 +162,7 @@ def main():
             "importance": args.importance,
             "target": args.target,
             "of": args.of,
+            "timing": timing,
             "alpha": alpha,
             "ratio": ratio,
             "crops": args.crops,
@@ -166,6 +182,7 @@ def main():
     print(
         f"removed: {sparsity['params']:.1%} of the parameters, "
         f"{sparsity['macs']:.1%} of the multiply-accumulates"
+        + (f", {sparsity['time']:.1%} of the time" if cost else "")
     )
     rows = {"dense": cutter.J, "cut and folded": J_folded, "cut, not folded": J_zeros}
     for what, J in rows.items():

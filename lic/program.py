@@ -1,12 +1,13 @@
 """How a script runs: errors are one sentence, a log that cannot be written costs no result.
 
-And what it asks of the machine: to keep freed memory.
+And what it asks of the machine: its name, and to keep freed memory.
 """
 
 import ctypes
 import functools
 import io
 import os
+import platform
 import signal
 import sys
 from contextlib import contextmanager
@@ -28,6 +29,16 @@ def keep_freed_memory():
         return False
     kept = mallopt(M_MMAP_THRESHOLD, 2**28) or mallopt(M_MMAP_THRESHOLD, 2**25)
     return bool(kept and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+def processor():
+    """The name of this machine's CPU, as well as Python can find it."""
+    try:
+        with open("/proc/cpuinfo") as info:
+            lines = [line for line in info if line.startswith("model name")]
+        return lines[0].split(":")[1].strip()
+    except (OSError, IndexError):  # not Linux, or it does not tell
+        return platform.processor() or platform.machine()
 
 
 @functools.cache

@@ -243,16 +243,22 @@ def test_threshold_keeps_the_smallest_width_under_alpha():
     assert search.threshold_widths(TABLE, 0.0) == CONFIG["widths"]
 
 
-@pytest.mark.parametrize("of", ["params", "macs", "both"])
+def share_of(of):
+    """The share of `of` that a plan removes from CONFIG; "time" as if only y took any."""
+    return lambda widths: search.sparsity(CONFIG, widths, lambda widths: widths["y"])[of]
+
+
+@pytest.mark.parametrize("of", ["params", "macs", "both", "time"])
 @pytest.mark.parametrize("target", [0.2, 0.5, 0.75])
 def test_adaptive_search_and_uniform_reach_the_target(of, target):
-    _, widths, S = search.adaptive_search(TABLE, CONFIG, target, of)
-    assert S == search.sparsity(CONFIG, widths)[of]
+    share = share_of(of)
+    _, widths, S = search.adaptive_search(TABLE, share, target)
+    assert S == share(widths)
     alphas = {zeta for row in TABLE.values() for zeta in row.values()}
     assert abs(S - target) == min(
-        abs(search.sparsity(CONFIG, search.threshold_widths(TABLE, a))[of] - target) for a in alphas
+        abs(share(search.threshold_widths(TABLE, a)) - target) for a in alphas
     )
-    ratio, widths, S = search.uniform_widths(CONFIG, target, of)
+    ratio, widths, S = search.uniform_widths(CONFIG, share, target)
     assert abs(S - target) < 0.03
     assert all(abs(w - ratio * CONFIG["widths"][g]) <= 8 for g, w in widths.items())
 
@@ -264,24 +270,26 @@ def test_evolution_finds_a_better_plan_that_costs_no_more(of):
     def rise(widths):
         return np.prod([1 + TABLE[group][width] for group, width in widths.items()]) - 1
 
-    _, start, S = search.adaptive_search(TABLE, CONFIG, 0.5, of)
+    share = share_of(of)
+    _, start, S = search.adaptive_search(TABLE, share, 0.5)
     for seed in range(3):
         widths = search.evolve(
-            rise, start, CONFIG, of, 200, np.random.default_rng(seed), report=lambda line: None
+            rise, share, start, CONFIG, 200, np.random.default_rng(seed), report=lambda line: None
         )
         assert rise(widths) < 0.95 * rise(start)
-        assert search.sparsity(CONFIG, widths)[of] >= S
+        assert share(widths) >= S
         assert all(8 <= w <= CONFIG["widths"][g] and w % 8 == 0 for g, w in widths.items())
 
 
 def test_evolution_keeps_widths_that_are_no_multiples_within_bounds():
     start = {group: min(width, 16) for group, width in WIDTHS.items()}
+    config = {"widths": WIDTHS, "lambdas": [1.0]}
     tried = []
     search.evolve(
         lambda widths: tried.append(dict(widths)) or 0.0,
+        lambda widths: search.sparsity(config, widths)["params"],
         start,
-        {"widths": WIDTHS, "lambdas": [1.0]},
-        "params",
+        config,
         100,
         np.random.default_rng(0),
         report=lambda line: None,

@@ -67,7 +67,9 @@ def test_another_architecture_is_another_table(monkeypatch, tmp_path):
     dense = lively_codec(widths=OTHER_WIDTHS)
     assert structure.parameters(dense.config) == sum(p.numel() for p in dense.parameters())
     statistics = observe(dense, x)
-    _, widths, S = uniform_widths(dense.config, 0.3, "params")
+    _, widths, S = uniform_widths(
+        dense.config, lambda widths: sparsity(dense.config, widths)["params"], 0.3
+    )
     assert S == sparsity(dense.config, widths)["params"] > 0.1
     scores = importance(dense, statistics)
     keep = {group: most_important(scores[group], width) for group, width in widths.items()}

@@ -6,13 +6,14 @@ and Zhu, arXiv:2506.01229:
 1. zeta_g(w): relative rise of J, averaged over the levels, when only group g is narrowed to w.
 2. Given alpha, every group keeps the smallest w with zeta_g(w) <= alpha.
 3. Adaptive search: bisection over the values that alpha can usefully take until S is as near to
-   S_target as it gets, S the share of the parameters (or multiply-accumulates) removed.
+   S_target as it gets, S the share of the parameters (or multiply-accumulates, or time) removed.
 
 Sensitivities of single groups ignore how groups interact. `evolve` goes on from the threshold plan
 and measures whole plans; the control is `uniform_widths`, one ratio for all groups.
 
-A plan is {group: width}. `rise`, an argument below, measures one: it takes a plan of some groups
-and gives the relative rise of J, averaged over the levels, when those are narrowed together.
+A plan is {group: width}. Two arguments below judge one: `rise` takes a plan of some groups and
+gives the relative rise of J, averaged over the levels, when those are narrowed together; `share`
+takes a whole plan and gives S.
 """
 
 import math
@@ -29,16 +30,19 @@ def round_width(width):
     return max(MULTIPLE, MULTIPLE * round(width / MULTIPLE))
 
 
-def sparsity(config, widths):
+def sparsity(config, widths, cost=None):
     """Share removed by narrowing config to widths: {"params": S, "macs": S, "both": S}.
 
-    both: the smaller of the two.
+    both: the smaller of the two. cost: a function of widths, whose share is added as "time".
     """
     narrowed = config | {"widths": widths}
     params = 1 - structure.parameters(narrowed) / structure.parameters(config)
     before, after = structure.kmac_per_pixel(config), structure.kmac_per_pixel(narrowed)
     macs = 1 - after["total"] / before["total"]
-    return {"params": params, "macs": macs, "both": min(params, macs)}
+    removed = {"params": params, "macs": macs, "both": min(params, macs)}
+    if cost:
+        removed["time"] = 1 - cost(widths) / cost(config["widths"])
+    return removed
 
 
 def sensitivities(config, rise, report=print):
@@ -67,7 +71,7 @@ def threshold_widths(table, alpha):
     return widths
 
 
-def adaptive_search(table, config, target, of):
+def adaptive_search(table, share, target):
     """Alpha, widths and sparsity of the threshold plan nearest to the target sparsity.
 
     S rises with alpha and changes at the sensitivities alone: alpha moves among those by bisection.
@@ -76,7 +80,7 @@ def adaptive_search(table, config, target, of):
 
     def plan(alpha):
         widths = threshold_widths(table, alpha)
-        return alpha, widths, sparsity(config, widths)[of]
+        return alpha, widths, share(widths)
 
     low, high = 0, len(alphas) - 1  # the first alpha that reaches the target is among these
     while low < high:
@@ -90,7 +94,7 @@ def adaptive_search(table, config, target, of):
     return min(neighbours, key=lambda plan: abs(plan[2] - target))
 
 
-def uniform_widths(config, target, of):
+def uniform_widths(config, share, target):
     """Ratio, widths and sparsity of the plan that narrows every group by the same ratio.
 
     Groups round at staggered points, interleaved over the four networks: if all rounded to the
@@ -113,7 +117,7 @@ def uniform_widths(config, target, of):
     for _ in range(50):
         ratio = (low + high) / 2
         widths = widths_of(ratio)
-        S = sparsity(config, widths)[of]
+        S = share(widths)
         if abs(S - target) < least:
             best, least = (ratio, widths, S), abs(S - target)
         if S < target:
@@ -123,7 +127,7 @@ def uniform_widths(config, target, of):
     return best
 
 
-def evolve(rise, start, config, of, tries, rng, report=print):
+def evolve(rise, share, start, config, tries, rng, report=print):
     """Widths of the least rise found among `tries` plans that cost no more than the plan `start`.
 
     Each try crosses two of the best plans group by group, moves two groups by one to three
@@ -131,7 +135,7 @@ def evolve(rise, start, config, of, tries, rng, report=print):
     again. After Real et al., "Regularized evolution for image classifier architecture search",
     arXiv:1802.01548, but with crossover, and the best are kept, none dies of age.
     """
-    groups, budget = list(start), sparsity(config, start)[of]
+    groups, budget = list(start), share(start)
     population = [(rise(start), start)]
     seen = {tuple(start.values())}
     report(f"try 0: rise of J {population[0][0]:+.2%}")
@@ -144,7 +148,7 @@ def evolve(rise, start, config, of, tries, rng, report=print):
             child[group] = parent[group]
         for group in rng.choice(groups, 2, replace=False):
             child[group] += MULTIPLE * int(rng.choice([-3, -2, -1, 1, 2, 3]))
-        fit_budget(child, config, of, budget, rng)
+        fit_budget(child, share, config["widths"], budget, rng)
         if tuple(child.values()) in seen:
             continue
         seen.add(tuple(child.values()))
@@ -156,20 +160,19 @@ def evolve(rise, start, config, of, tries, rng, report=print):
     return population[0][1]
 
 
-def fit_budget(widths, config, of, budget, rng):
+def fit_budget(widths, share, full, budget, rng):
     """Bring a plan to the sparsity `budget`, in place.
 
     Random groups are narrowed until it is reached, then others widened while it stays there.
     """
-    full = config["widths"]
     for group, width in widths.items():
         widths[group] = min(full[group], max(MULTIPLE, width))
-    while sparsity(config, widths)[of] < budget:
+    while share(widths) < budget:
         group = rng.choice([group for group in widths if widths[group] > MULTIPLE])
         widths[group] = max(MULTIPLE, widths[group] - MULTIPLE)
     for group in rng.permutation(list(widths)):
         while widths[group] < full[group]:
             wider = min(full[group], widths[group] + MULTIPLE)
-            if sparsity(config, widths | {group: wider})[of] < budget:
+            if share(widths | {group: wider}) < budget:
                 break
             widths[group] = wider
