@@ -6,11 +6,11 @@ VENV := .venv/bin/python
 # The five stages at tiny scale on synthetic images, in a folder of their own.
 demo: .venv/installed
 	rm -rf runs/demo
-	$(VENV) train.py --out runs/demo/base.pt
-	$(VENV) search.py --checkpoint runs/demo/base.pt --out runs/demo/plan.json
-	$(VENV) prune.py --checkpoint runs/demo/base.pt --plan runs/demo/plan.json --out runs/demo/pruned.pt
+	$(VENV) train.py --out runs/demo/dense.pt
+	$(VENV) search.py --checkpoint runs/demo/dense.pt --out runs/demo/plan.json
+	$(VENV) prune.py --checkpoint runs/demo/dense.pt --plan runs/demo/plan.json --out runs/demo/pruned.pt
 	$(VENV) quantize.py --checkpoint runs/demo/pruned.pt --out runs/demo/quantized.pt
-	$(VENV) evaluate.py runs/demo/base.pt runs/demo/pruned.pt runs/demo/quantized.pt
+	$(VENV) evaluate.py runs/demo/dense.pt runs/demo/pruned.pt runs/demo/quantized.pt
 
 test: .venv/installed
 	$(VENV) -m pytest tests

@@ -25,9 +25,9 @@ from lic.images import dead_leaves, find_images, read_images, split
 from lic.measure import LOSSLESS, Record, measure_checkpoint, measure_classical, points
 from lic.metrics import bd_rate, shared_range
 from lic.options import make_parser, whole_number
-from lic.program import run
+from lic.program import processor, run
 
-STAGES = ["runs/base.pt", "runs/pruned.pt", "runs/quantized.pt"]
+STAGES = ["runs/dense.pt", "runs/pruned.pt", "runs/quantized.pt"]
 
 
 def parse_args():
@@ -225,6 +225,8 @@ def main():
         result = {
             "images": len(images),
             "pixels": pixels,
+            "processor": processor(),
+            "threads": torch.get_num_threads(),
             "checkpoints": checkpoints,
             "classical": classical,
         }

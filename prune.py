@@ -36,8 +36,8 @@ from lic.train.state import check_out, parse_training_args
 def parse_args():
     # fmt: off
     parser = make_parser(__doc__)
-    parser.add_argument("--checkpoint", default="runs/base.pt",
-                        help="codec to prune (default: runs/base.pt)")
+    parser.add_argument("--checkpoint", default="runs/dense.pt",
+                        help="codec to prune (default: runs/dense.pt)")
     parser.add_argument("--plan", default="runs/plan.json",
                         help="from search.py (default: runs/plan.json)")
     parser.add_argument("--control", action="store_true",

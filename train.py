@@ -43,7 +43,7 @@ def parse_args():
                        "them from scratch (default: none)")
     start.add_argument("--checkpoint", help="go on from this codec, dense or pruned, with its "
                        "widths, lambdas, weights and stage (default: none)")
-    add_training_arguments(parser, steps=1000, lr=2e-3, out="runs/base.pt")
+    add_training_arguments(parser, steps=1000, lr=2e-3, out="runs/dense.pt")
     # fmt: on
     return parse_training_args(parser)
 

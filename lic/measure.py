@@ -150,6 +150,7 @@ def measure_checkpoint(path, images, amp=False, effort=0, record=None):
     macs, widths = structure.kmac_per_pixel(model.config), model.config["widths"]
     return {
         "path": path,
+        "fingerprint": meta["fingerprint"],
         "stage": meta["stage"],
         "effort": effort,
         "parameters": structure.parameters(model.config),

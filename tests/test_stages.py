@@ -44,12 +44,12 @@ def pipeline(photos, tmp_path_factory):
     """The five stages in sequence; returns their folder."""
     out = tmp_path_factory.mktemp("runs")
     data = ["--data", photos]
-    run_stage("train.py", *data, *TRAIN, "--steps", 20, "--out", out / "base.pt")
+    run_stage("train.py", *data, *TRAIN, "--steps", 20, "--out", out / "dense.pt")
     run_stage(
         "search.py",
         *data,
         "--checkpoint",
-        out / "base.pt",
+        out / "dense.pt",
         "--crop",
         64,
         "--crops",
@@ -66,7 +66,7 @@ def pipeline(photos, tmp_path_factory):
         *data,
         *TRAIN,
         "--checkpoint",
-        out / "base.pt",
+        out / "dense.pt",
         "--plan",
         out / "plan.json",
         "--steps",
@@ -87,7 +87,7 @@ def pipeline(photos, tmp_path_factory):
     )
     table = run_stage(
         "evaluate.py",
-        out / "base.pt",
+        out / "dense.pt",
         out / "pruned.pt",
         out / "quantized.pt",
         *data,
@@ -125,7 +125,7 @@ def test_evaluation_has_every_figure_and_they_are_consistent(pipeline):
 def test_lineage_tells_the_whole_story(pipeline):
     _, meta = load_checkpoint(pipeline / "quantized.pt")
     assert [entry["stage"] for entry in meta["lineage"]] == ["train", "prune", "quantize"]
-    assert meta["lineage"][1]["parent"] == load_checkpoint(pipeline / "base.pt")[1]["fingerprint"]
+    assert meta["lineage"][1]["parent"] == load_checkpoint(pipeline / "dense.pt")[1]["fingerprint"]
     assert "J" in json.loads((pipeline / "plan.json").read_text())
 
 
@@ -202,7 +202,7 @@ def test_a_target_that_no_plan_reaches_is_refused(pipeline, photos, monkeypatch,
         monkeypatch,
         "search.py",
         "--checkpoint",
-        pipeline / "base.pt",
+        pipeline / "dense.pt",
         "--data",
         photos,
         "--crop",
@@ -222,7 +222,7 @@ def test_what_was_measured_outlives_a_target_that_was_missed(pipeline, photos, m
     search = [
         "search.py",
         "--checkpoint",
-        pipeline / "base.pt",
+        pipeline / "dense.pt",
         "--data",
         photos,
         "--crop",
@@ -268,7 +268,7 @@ def test_evolution_starts_from_the_threshold_plan_and_its_sensitivities(
 ):
     search = [
         "--checkpoint",
-        pipeline / "base.pt",
+        pipeline / "dense.pt",
         "--data",
         photos,
         "--crop",
@@ -342,7 +342,7 @@ def test_the_widths_of_a_plan_can_be_trained_from_scratch(pipeline, photos, monk
 def test_training_goes_on_from_a_checkpoint(pipeline, photos, monkeypatch, capsys):
     arguments = [
         "--checkpoint",
-        pipeline / "base.pt",
+        pipeline / "dense.pt",
         "--data",
         photos,
         *TRAIN,
@@ -350,7 +350,7 @@ def test_training_goes_on_from_a_checkpoint(pipeline, photos, monkeypatch, capsy
         pipeline / "longer.pt",
     ]
     assert run_script(monkeypatch, "train.py", *arguments, "--steps", 0) == 0
-    base, longer = (load_checkpoint(pipeline / name)[1] for name in ("base.pt", "longer.pt"))
+    base, longer = (load_checkpoint(pipeline / name)[1] for name in ("dense.pt", "longer.pt"))
     assert longer["fingerprint"] == base["fingerprint"]
     assert [entry["parent"] for entry in longer["lineage"]] == [None, base["fingerprint"]]
     assert run_script(monkeypatch, "train.py", *arguments, "--steps", 1) == 2
@@ -425,7 +425,7 @@ def test_a_flat_picture_is_evaluated_and_gives_valid_json(pipeline, tmp_path, mo
     Image.new("RGB", (64, 64), (128, 128, 128)).save(tmp_path / "grey.png")
     Image.fromarray(dead_leaves(1, 64)).save(tmp_path / "leaves.png")
     output = pipeline / "flat.json"
-    arguments = [pipeline / "base.pt", "--data", tmp_path, "--json", output]
+    arguments = [pipeline / "dense.pt", "--data", tmp_path, "--json", output]
     assert run_script(monkeypatch, "evaluate.py", *arguments) == 0
     result = json.loads(output.read_text(), parse_constant=pytest.fail)
     assert {"jpeg", "webp", "avif"} == result["classical"].keys()
@@ -435,12 +435,12 @@ def test_a_flat_picture_is_evaluated_and_gives_valid_json(pipeline, tmp_path, mo
 
 def test_checkpoints_of_the_same_name_are_told_apart(capsys):
     curve = [(0.1 * 2**k, 30.0 + k) for k in range(4)]
-    evaluate.show_bd_rates({"a/base.pt": curve, "runs/of/some/other/base.pt": curve}, {})
+    evaluate.show_bd_rates({"a/dense.pt": curve, "runs/of/some/other/dense.pt": curve}, {})
     lines = capsys.readouterr().out.splitlines()[2:]
-    assert lines[0].split() == ["a/base.pt", "runs/of/some/other/base.pt"]
+    assert lines[0].split() == ["a/dense.pt", "runs/of/some/other/dense.pt"]
     assert len({len(line) for line in lines}) == 1  # columns below their names
-    evaluate.show_bd_rates({"a/base.pt": curve, "a/pruned.pt": curve}, {})
-    assert capsys.readouterr().out.splitlines()[2].split() == ["base.pt", "pruned.pt"]
+    evaluate.show_bd_rates({"a/dense.pt": curve, "a/pruned.pt": curve}, {})
+    assert capsys.readouterr().out.splitlines()[2].split() == ["dense.pt", "pruned.pt"]
 
 
 def test_classical_codecs_that_cannot_write_an_image_are_left_out(capsys):
@@ -452,14 +452,16 @@ def test_an_image_beyond_the_limit_is_named_before_anything_is_measured(
     pipeline, tmp_path, monkeypatch, capsys
 ):
     Image.new("L", (2**20, 1)).save(tmp_path / "long.png")  # 64 times as many when padded
-    assert run_script(monkeypatch, "evaluate.py", pipeline / "base.pt", "--data", tmp_path) == 2
+    assert run_script(monkeypatch, "evaluate.py", pipeline / "dense.pt", "--data", tmp_path) == 2
     error = capsys.readouterr()
     assert "long.png" in error.err and error.out == ""
 
 
 def test_only_what_training_held_out(pipeline, photos, monkeypatch, capsys):
     assert (
-        run_script(monkeypatch, "evaluate.py", pipeline / "base.pt", "--data", photos, "--held-out")
+        run_script(
+            monkeypatch, "evaluate.py", pipeline / "dense.pt", "--data", photos, "--held-out"
+        )
         == 0
     )
     assert capsys.readouterr().out.startswith("images: 1,")
@@ -470,7 +472,7 @@ def test_plot_without_matplotlib_is_a_sentence(pipeline, photos, monkeypatch, ca
     status = run_script(
         monkeypatch,
         "evaluate.py",
-        pipeline / "base.pt",
+        pipeline / "dense.pt",
         "--data",
         photos,
         "--plot",
@@ -488,7 +490,7 @@ def test_command_line_there_and_back(pipeline, photos):
     assert Image.open(image).size == (64, 64) and read_image(image).std() > 1
     image.unlink()
     error = run_stage(
-        "lic", "decompress", stream, image, "--checkpoint", pipeline / "base.pt", status=1
+        "lic", "decompress", stream, image, "--checkpoint", pipeline / "dense.pt", status=1
     )
     assert "made by model" in error and error.count("\n") == 1 and not image.exists()
     stream.write_bytes(stream.read_bytes()[:-1])
@@ -542,7 +544,7 @@ def test_killed_and_resumed_equals_never_stopped_to_the_last_bit(tmp_path, photo
 
 
 def test_resuming_with_other_settings_is_refused(tmp_path, photos, pipeline):
-    (tmp_path / "x.pt.state").write_bytes((pipeline / "base.pt.state").read_bytes())
+    (tmp_path / "x.pt.state").write_bytes((pipeline / "dense.pt.state").read_bytes())
     error = run_stage(
         "train.py",
         "--data",
@@ -561,7 +563,7 @@ def test_resuming_with_other_settings_is_refused(tmp_path, photos, pipeline):
 def test_a_state_that_is_a_checkpoint_is_refused(pipeline):
     model = Codec(preset_config("tiny")).to(memory_format=torch.channels_last)
     with pytest.raises(Exception, match="holds no training state"):
-        load_state(pipeline / "base.pt", model, Optimizer(model), {"steps": 1})
+        load_state(pipeline / "dense.pt", model, Optimizer(model), {"steps": 1})
 
 
 def test_training_stops_with_a_sentence_when_the_loss_is_not_finite(tmp_path, photos):

@@ -1,27 +1,29 @@
 """Times and memory of the parts, printed, not asserted (a few minutes).
 
     python tools/benchmark.py                              all of them
-    python tools/benchmark.py coding training search       some of them, by name
+    python tools/benchmark.py codecs training search       some of them, by name
 
-Widths are those of preset `base` (N=128, M=192) where an image is coded, of `small` and `base`
-where a step is trained, of `small` where a step is searched. Weights are random; latents are drawn
-so that every table is used.
+An image is coded by the codecs in checkpoints/. Where a step is trained or searched weights are
+random and widths those of the presets `small` and `base`.
 """
 
 import argparse
+import functools
+import io
 import resource
 import sys
 import time
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import torch
+from PIL import Image, features
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
 
 from lic import SHIPPED, load
-from lic.codec import checkpoint, coder, fast, structure
+from lic.codec import coder, fast
 from lic.codec.bitstream import ImageCoder
 from lic.codec.eight_bits import eight_bit_inputs
 from lic.codec.entropy import LOG_SCALE_MIN, LOG_SCALE_STEP, SCALE_LEVELS
@@ -30,9 +32,11 @@ from lic.codec.integer import IntegerHyperSynthesis
 from lic.codec.model import Codec, preset_config
 from lic.codec.tables import build_tables
 from lic.images import dead_leaves, fixed_crops, random_crops
+from lic.measure import best_within
 from lic.program import keep_freed_memory
 from lic.shrink.pruning import narrow
 from lic.shrink.statistics import layer_inputs, observe
+from lic.shrink.timing import time_of_each_layer
 from lic.train.loss import mean_loss, rate_distortion
 from lic.train.optimizer import Optimizer, orthogonal
 
@@ -141,67 +145,95 @@ def entropy():
           f"encode {encode:.1f} ms, decode {decode:.1f} ms")  # fmt: skip
 
 
-def coding():
-    """A 768x512 image with base widths, and where the time goes."""
-    image_coder, image = random_coder(preset_config("base")), noise(512, 768)
-    data = image_coder.encode(image)
-    compress = median_ms(5, image_coder.encode, image)
-    decompress = median_ms(5, image_coder.decode, data)
-    print(f"768x512, base widths, everything: compress {compress:.0f} ms, "
-          f"decompress {decompress:.0f} ms")  # fmt: skip
-    show_shares("compress", image_coder, image_coder.encode, image)
-    show_shares("decompress", image_coder, image_coder.decode, data)
+def photograph():
+    """docs/coffee.png at Kodak's size, (512, 768, 3) uint8."""
+    return np.asarray(Image.open(ROOT / "docs/coffee.png").convert("RGB").resize((768, 512)))
 
 
-def show_shares(verb, image_coder, function, argument, runs=5):
-    """Milliseconds of the networks and of the entropy coder in one call of function."""
-    spent = {}
-
-    def timed(name, function):
-        def call(*arguments):
-            start = time.perf_counter()
-            result = function(*arguments)
-            spent[name] = spent.get(name, 0) + 1000 * (time.perf_counter() - start)
-            return result
-
-        return call
-
-    def patched(owner, attribute, name):
-        return mock.patch.object(owner, attribute, timed(name, getattr(owner, attribute)))
-
-    with (
-        patched(image_coder.g_a, "forward", "g_a"),
-        patched(image_coder.h_a, "forward", "h_a"),
-        patched(image_coder.g_s, "forward", "g_s"),
-        patched(image_coder.h_s, "forward", "h_s"),
-        patched(coder, "encode", "entropy coding"),
-        patched(coder, "decode", "entropy coding"),
-    ):
-        for _ in range(runs):
-            timed("all", function)(argument)
-    shares = ", ".join(f"{name} {total / runs:.0f} ms" for name, total in spent.items())
-    print(f"{verb}: {shares}")
+def codecs():
+    """The shipped codecs beside others, files of about equal size, on one thread and on all."""
+    image, every = photograph(), torch.get_num_threads()
+    size = len(load(SHIPPED).encode(image))
+    print(
+        f"a photograph of 768x512; milliseconds to encode and decode, on {every} threads and on 1"
+    )
+    for name, encode, decode in coders(image, size):
+        row = f"{name:34}{len(encode()) if encode() else 0:8} bytes"
+        for threads in (every, 1):
+            torch.set_num_threads(threads)
+            row += f"{median_ms(9, encode):8.0f}{median_ms(9, decode):6.0f}"
+        torch.set_num_threads(every)
+        print(row, flush=True)
 
 
-def multiples():
-    """Are the pruned codec's widths, multiples of 8, slower than the next multiples of 16?"""
-    image = noise(512, 768)
-    _, meta = checkpoint.load_checkpoint(SHIPPED)
-    for step in (8, 16):
-        widths = {}
-        for group, width in meta["config"]["widths"].items():
-            widths[group] = -(-width // step) * step  # rounded up
-        config = meta["config"] | {"widths": widths}
-        macs = structure.kmac_per_pixel(config)
-        times = []
+def coders(image, size):
+    """(name, a function that encodes the image to bytes, one that decodes these) of each codec."""
+    for path in sorted(SHIPPED.parent.glob("*.pt"), key=lambda path: -path.stat().st_size):
         for precision, amp in PRECISIONS.items():
-            image_coder = random_coder(config, amp)
+            image_coder = load(path, amp)
             data = image_coder.encode(image)
-            compress = median_ms(15, image_coder.encode, image)
-            decompress = median_ms(15, image_coder.decode, data)
-            times.append(f"{precision} {compress:.0f} and {decompress:.0f} ms")
-        print(f"widths in multiples of {step}, {macs['encoder']:.2f} and {macs['decoder']:.2f} "
-              f"kMAC/pixel: {', '.join(times)}")  # fmt: skip
+            yield (f"{path.name}, {precision}", functools.partial(image_coder.encode, image),
+                   functools.partial(image_coder.decode, data))  # fmt: skip
+    for form in ("JPEG", "WEBP", "AVIF"):
+        if not features.check({"JPEG": "jpg"}.get(form, form.lower())):
+            print(f"{form}: this Pillow was built without it, left out")
+            continue
+        quality, data, _ = best_within(image, form, size)
+
+        def encode(form=form, quality=quality):
+            buffer = io.BytesIO()
+            Image.fromarray(image).save(buffer, form, quality=quality)
+            return buffer.getvalue()
+
+        def decode(data=data):
+            return np.asarray(Image.open(io.BytesIO(data)))
+
+        yield f"Pillow's {form}, its own threads", encode, decode
+    try:
+        from compressai.models import MeanScaleHyperprior
+    except ImportError:
+        print("CompressAI is not installed, left out")
+        return
+    model = MeanScaleHyperprior(
+        128, 192
+    ).eval()  # mbt2018-mean; untrained, so that bytes mean nothing
+    model.update(force=True)
+    x = torch.from_numpy(image).permute(2, 0, 1)[None] / 255
+    with torch.inference_mode():
+        made = model.compress(x)
+
+    @torch.inference_mode()
+    def compress():
+        return b"".join(string for strings in model.compress(x)["strings"] for string in strings)
+
+    @torch.inference_mode()
+    def decompress():
+        return model.decompress(made["strings"], made["shape"])
+
+    yield "CompressAI's mbt2018-mean, untrained", compress, decompress
+
+
+def layers():
+    """Where the time of the shipped codecs goes: each layer on a 768x512 picture."""
+    rows = {}
+    for path in sorted(SHIPPED.parent.glob("*.pt"), key=lambda path: -path.stat().st_size):
+        image_coder = load(path)
+        passes = [time_of_each_layer(image_coder) for _ in range(12)]
+        for name in passes[0]:
+            row = rows.setdefault(name, {})
+            row[path.stem] = np.median([taken[name] for taken in passes[3:]])
+    print(f"{'milliseconds of a layer':24}" + "".join(f"{stem:>11}" for stem in row))
+    for name, row in rows.items():
+        print(f"{name:24}" + "".join(f"{ms:11.1f}" for ms in row.values()))
+    image_coder, image = load(SHIPPED), photograph()
+    data = image_coder.encode(image)
+    for what, function, argument in (("encoding", image_coder.encode, image),
+                                     ("decoding", image_coder.decode, data)):  # fmt: skip
+        median_ms(3, function, argument)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            function(argument)
+        table = profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=8)
+        print(f"{what} with {SHIPPED.name}, by operator\n{table}")
 
 
 def training():
@@ -279,7 +311,7 @@ def peak():
 
 
 # in this order: memory changes the process, peak looks back on it
-PARTS = [memory, convolutions, entropy, coding, multiples, training, search, peak]
+PARTS = [memory, convolutions, entropy, codecs, layers, training, search, peak]
 
 
 def main():

@@ -1,7 +1,7 @@
 """Does a file decode to the same symbols however the decoder computes?
 
     python tools/exactness.py --data kodak/
-    python tools/exactness.py --data kodak/ --checkpoint checkpoints/base.pt
+    python tools/exactness.py --data kodak/ --checkpoint checkpoints/dense.pt
 
 Every image is encoded at every level in the plain setting: 2 threads, channels_last, oneDNN on, one
 image at a time. Prints three tables:
