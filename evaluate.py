@@ -24,7 +24,7 @@ from lic.files import MAX_PIXELS, LicError, claim_output, read_bytes, write_byte
 from lic.images import dead_leaves, find_images, read_images, split
 from lic.measure import LOSSLESS, Record, measure_checkpoint, measure_classical, points
 from lic.metrics import bd_rate, shared_range
-from lic.options import make_parser, whole_number
+from lic.options import make_parser, positive_whole_number, whole_number
 from lic.program import processor, run
 
 STAGES = ["runs/dense.pt", "runs/pruned.pt", "runs/quantized.pt"]
@@ -43,6 +43,9 @@ def parse_args():
     add("--effort", type=whole_number, nargs="+", default=[0],
         help="steps of a search for better files, which may take hours; each of several is "
         "measured (default: 0)")
+    add("--workers", type=positive_whole_number, default=1,
+        help="processes that measure side by side, each on one thread; 1: this one, on all threads "
+        "(default: 1)")
     add("--record",
         help="JSON file that keeps the figures of each file once it is measured: a run that "
         "stopped goes on from there; after a change of the code begin a new one")
@@ -199,14 +202,16 @@ def main():
     record = Record(args.record, filter(None, others))
     images = images_of(args)
     pixels = sum(image.shape[0] * image.shape[1] for image in images)
+    threads = torch.get_num_threads() if args.workers == 1 else 1  # that code a file
     precision = ", bf16" if args.amp else ""
-    print(f"images: {len(images)}, {pixels} pixels, {torch.get_num_threads()} threads{precision}")
+    print(f"images: {len(images)}, {pixels} pixels, {threads} threads{precision}")
 
     checkpoints = []
     for path in args.checkpoints:
         for effort in args.effort:
-            checkpoints.append(measure_checkpoint(path, images, args.amp, effort, record))
-            show_checkpoint(checkpoints[-1])
+            result = measure_checkpoint(path, images, args.amp, effort, record, args.workers)
+            checkpoints.append(result)
+            show_checkpoint(result)
     classical = measure_classical(images)
     for name, rows in classical.items():
         print(f"\n{name}\n  quality     bpp   PSNR dB   MS-SSIM")
@@ -226,7 +231,7 @@ def main():
             "images": len(images),
             "pixels": pixels,
             "processor": processor(),
-            "threads": torch.get_num_threads(),
+            "threads": threads,
             "checkpoints": checkpoints,
             "classical": classical,
         }

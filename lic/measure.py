@@ -1,9 +1,15 @@
 """What evaluate.py and the tools measure: codecs with real files, and Pillow's beside them."""
 
+import functools
 import io
 import json
+import multiprocessing
+import signal
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +18,12 @@ from PIL import Image, features
 
 import lic
 from lic.codec import structure
-from lic.codec.bitstream import ImageCoder, padded, padded_pixels
+from lic.codec.bitstream import ImageCoder, load_coder, padded, padded_pixels
 from lic.codec.checkpoint import load_checkpoint
 from lic.files import LicError, claim_output, read_bytes, write_bytes
-from lic.images import digest
+from lic.images import dead_leaves, digest
 from lic.metrics import ms_ssim, psnr
+from lic.program import keep_freed_memory
 
 CLASSICAL = {  # name: (Pillow format, feature to ask for, qualities)
     "jpeg": ("JPEG", "jpg", (5, 10, 20, 30, 45, 60, 75, 90)),
@@ -31,17 +38,6 @@ ALIVE = 0.001  # bits a position that a channel of y or z must carry to count as
 def bits_per_pixel(size, image):
     """Of a file of `size` bytes."""
     return 8 * size / (image.shape[0] * image.shape[1])
-
-
-@torch.inference_mode()
-def ideal_bits(model, image, level):
-    """-log2 p of the rounded latents, by channel of y and of z: (M,) and (Z,) float64.
-
-    With continuous scales, and at most 24 bits a symbol (MAX_BITS, the least probability of a
-    table).
-    """
-    out = model(padded(image), torch.tensor([float(level)]))
-    return out.y_bits[0].double().numpy(), out.z_bits[0].double().numpy()
 
 
 class Record:
@@ -68,27 +64,67 @@ class Record:
                 raise LicError(f"{path} is no record of measured files; name another") from error
             print(f"{path}: {len(self.figures)} files measured before")
 
-    def look_up(self, key, measure):
-        """The figures of `key`, by `measure()` if they are not known yet."""
-        if key not in self.figures:
-            self.figures[key] = measure()
-            if self.path:
-                write_bytes(self.path, json.dumps({"measured": self.figures}, indent=1).encode())
-        return self.figures[key]
+    def add(self, key, figures):
+        self.figures[key] = figures
+        if self.path:
+            write_bytes(self.path, json.dumps({"measured": self.figures}, indent=1).encode())
 
 
-def measure_image(coder, image, level, path, effort=0):
+@contextmanager
+def crew(path, coder, workers):
+    """Yields each(function, jobs): the results of function(coder, *job) for all jobs, in order.
+
+    With several workers these are processes, with one thread and the codec in `path` each. Raises
+    LicError if one of them dies.
+    """
+    if workers == 1:
+        yield lambda function, jobs: (function(coder, *job) for job in jobs)
+        return
+    spawn = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
+    pool = ProcessPoolExecutor(workers, spawn, begin_work, (path, coder.amp))
+    try:
+        yield lambda function, jobs: pool.map(functools.partial(work, function), jobs)
+    except BrokenProcessPool as error:
+        raise LicError(
+            "one of the processes that measure has ended, perhaps for lack of memory; "
+            "try fewer --workers"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def begin_work(path, amp):
+    """In a process of the crew, once."""
+    global _coder
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is told by the first process
+    keep_freed_memory()
+    torch.set_num_threads(1)
+    _coder = load_coder(path, amp)
+    warm_up(_coder)
+
+
+def work(function, job):
+    return function(_coder, *job)
+
+
+def warm_up(coder):
+    coder.decode(coder.encode(dead_leaves(0), 0))
+
+
+def measure_image(coder, image, level, effort=0):
     """One file: its figures, and how many seconds it took to encode and to decode."""
-    start = time.perf_counter()
-    data = lic.encode(coder, image, level, effort)
-    encoded = time.perf_counter()
-    path.write_bytes(data)
-    data = path.read_bytes()
-    reading = time.perf_counter()
-    decoded = coder.decode(data)
-    end = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "image.lic"
+        start = time.perf_counter()
+        data = lic.encode(coder, image, level, effort)
+        encoded = time.perf_counter()
+        path.write_bytes(data)
+        data = path.read_bytes()
+        reading = time.perf_counter()
+        decoded = coder.decode(data)
+        end = time.perf_counter()
     return {
-        "bpp": bits_per_pixel(path.stat().st_size, image),
+        "bpp": bits_per_pixel(len(data), image),
         "psnr": min(psnr(image, decoded), LOSSLESS),
         "ms_ssim": ms_ssim(image, decoded),
         "encode_seconds": encoded - start,
@@ -96,29 +132,45 @@ def measure_image(coder, image, level, path, effort=0):
     }
 
 
-def measure_level(coder, images, level, folder, effort=0, record=None):
-    """One level of one checkpoint, averaged over the images."""
+def measure_levels(coder, images, each, effort=0, record=None, threads=1):
+    """Every level, averaged over the images: a list of dicts. each: of a `crew`."""
     record = record or Record()
     precision = "bf16" if coder.amp else "float32"
-    rows = []
-    for image in images:
-        key = (
-            f"codec {coder.fingerprint.hex()}, image {digest(image).hex()}, level {level}, "
-            f"effort {effort}, {precision}, {torch.get_num_threads()} threads"
-        )
+    lambdas = coder.model.lambdas
+    keys, jobs = [], []  # an image a column, a level a row
+    for level in range(len(lambdas)):
+        for image in images:
+            jobs.append((image, level, effort))
+            keys.append(
+                f"codec {coder.fingerprint.hex()}, image {digest(image).hex()}, level {level}, "
+                f"effort {effort}, {precision}, {threads} threads"
+            )
+    missing = {key: job for key, job in zip(keys, jobs) if key not in record.figures}
+    for key, figures in zip(missing, each(measure_image, missing.values())):
+        record.add(key, figures)
+    rows, count = [], len(images)
+    for level, lmbda in enumerate(lambdas):
+        of_level = keys[level * count : (level + 1) * count]
+        rows.append({"lmbda": lmbda, **mean_of([record.figures[key] for key in of_level])})
+    return rows
 
-        def measure():
-            return measure_image(coder, image, level, folder / "image.lic", effort)
 
-        rows.append(record.look_up(key, measure))
-    return {"lmbda": coder.model.lambdas[level], **mean_of(rows)}
+def ideal_bits(coder, image, level):
+    """-log2 p of the rounded latents, by channel of y and of z: (M,) and (Z,) float64.
+
+    With continuous scales, and at most 24 bits a symbol (MAX_BITS, the least probability of a
+    table).
+    """
+    with torch.inference_mode():
+        out = coder.model(padded(image), torch.tensor([float(level)]))
+    return out.y_bits[0].double().numpy(), out.z_bits[0].double().numpy()
 
 
-def ideal_level(model, images, level):
+def ideal_level(images, level, each):
     """The ideal rate of a level, without effort, and how many channels of y and z are alive."""
     ideal_bpp, pixels, y_total, z_total = [], 0, 0, 0
-    for image in images:
-        y_bits, z_bits = ideal_bits(model, image, level)
+    bits = each(ideal_bits, [(image, level) for image in images])
+    for image, (y_bits, z_bits) in zip(images, bits):
         ideal_bpp.append(bits_per_pixel((y_bits.sum() + z_bits.sum()) / 8, image))
         pixels += padded_pixels(*image.shape[:2])
         y_total, z_total = y_total + y_bits, z_total + z_bits
@@ -135,18 +187,17 @@ def mean_of(rows):
     return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
 
 
-def measure_checkpoint(path, images, amp=False, effort=0, record=None):
+def measure_checkpoint(path, images, amp=False, effort=0, record=None, workers=1):
     """All levels of a checkpoint. effort: steps of train/effort.py; record: a Record or None."""
     model, meta = load_checkpoint(path)
     coder = ImageCoder(model, meta["tables"], meta["fingerprint"], amp)
-    coder.decode(coder.encode(images[0], 0))  # warm-up
-    levels = []
-    with tempfile.TemporaryDirectory() as folder:
-        for level in range(len(model.lambdas)):
-            row = measure_level(coder, images, level, Path(folder), effort, record)
-            if effort == 0:
-                row |= ideal_level(model, images, level)
-            levels.append(row)
+    warm_up(coder)
+    threads = torch.get_num_threads() if workers == 1 else 1
+    with crew(path, coder, workers) as each:
+        levels = measure_levels(coder, images, each, effort, record, threads)
+        if effort == 0:
+            for level, row in enumerate(levels):
+                row |= ideal_level(images, level, each)
     macs, widths = structure.kmac_per_pixel(model.config), model.config["widths"]
     return {
         "path": path,

@@ -184,7 +184,7 @@ def test_an_evaluation_that_stopped_goes_on_from_its_record(tmp_path, monkeypatc
         (photos / name).write_bytes((FOLDER / name).read_bytes())
     measured = []
 
-    def counted(coder, image, level, path, effort):
+    def counted(coder, image, level, effort):
         if len(measured) == 5:
             raise KeyboardInterrupt
         measured.append((level, effort))

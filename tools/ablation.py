@@ -12,7 +12,6 @@ it as quantize.py does it.
 import copy
 import math
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
@@ -32,7 +31,7 @@ from lic.codec.eight_bits import (
 from lic.codec.integer import freeze_h_s
 from lic.codec.tables import build_tables
 from lic.images import find_images, fixed_crops, load_images, read_image
-from lic.measure import measure_level, points
+from lic.measure import crew, measure_levels, points
 from lic.metrics import bd_rate
 from lic.options import make_parser, multiple_of, positive_whole_number
 from lic.program import run
@@ -272,11 +271,8 @@ def show_bd_rates(model, trained, calibration, images):
 def rate_curve(codec, images):
     """[(bpp, PSNR)] of real files, a point a level."""
     coder = ImageCoder(codec, build_tables(codec), fingerprint="0" * 16)
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        for level in range(len(codec.lambdas)):
-            rows.append(measure_level(coder, images, level, Path(folder)))
-    return points(rows)
+    with crew(None, coder, workers=1) as each:
+        return points(measure_levels(coder, images, each))
 
 
 def main():
