@@ -212,7 +212,7 @@ def main():
             result = measure_checkpoint(path, images, args.amp, effort, record, args.workers)
             checkpoints.append(result)
             show_checkpoint(result)
-    classical = measure_classical(images)
+    classical = measure_classical(images, args.workers)
     for name, rows in classical.items():
         print(f"\n{name}\n  quality     bpp   PSNR dB   MS-SSIM")
         for row in rows:

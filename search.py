@@ -47,7 +47,7 @@ def parse_args():
         help="what the target counts; both: the smaller share of the first two; time: of coding on "
         "this machine, in 8 bits (default: params)")
     add("--decodings", type=positive_number, default=1,
-        help="with --of time: how often a picture is decoded once it is encoded (default: 1)")
+        help="how often a picture is decoded once it is encoded, where time counts (default: 1)")
     add("--delta", type=positive_number, default=0.02,
         help="how far from the target a plan may be (default: 0.02)")
     add("--method", choices=("threshold", "evolve", "uniform"), default="threshold",

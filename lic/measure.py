@@ -74,14 +74,14 @@ class Record:
 def crew(path, coder, workers):
     """Yields each(function, jobs): the results of function(coder, *job) for all jobs, in order.
 
-    With several workers these are processes, with one thread and the codec in `path` each. Raises
-    LicError if one of them dies.
+    With several workers these are processes, with one thread and the codec in `path` each, if there
+    is one. Raises LicError if one of them dies.
     """
     if workers == 1:
         yield lambda function, jobs: (function(coder, *job) for job in jobs)
         return
     spawn = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
-    pool = ProcessPoolExecutor(workers, spawn, begin_work, (path, coder.amp))
+    pool = ProcessPoolExecutor(workers, spawn, begin_work, (path, coder and coder.amp))
     try:
         yield lambda function, jobs: pool.map(functools.partial(work, function), jobs)
     except BrokenProcessPool as error:
@@ -99,8 +99,9 @@ def begin_work(path, amp):
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is told by the first process
     keep_freed_memory()
     torch.set_num_threads(1)
-    _coder = load_coder(path, amp)
-    warm_up(_coder)
+    _coder = load_coder(path, amp) if path else None
+    if _coder:
+        warm_up(_coder)
 
 
 def work(function, job):
@@ -238,34 +239,36 @@ def best_within(image, form, size):
         raise LicError(f"Pillow cannot write this image as {form}: {error}") from error
 
 
-def measure_classical(images):
+def measure_classical(images, workers=1):
     """JPEG, WebP and AVIF through Pillow's defaults: {name: [{"quality", "bpp", ...}]}."""
     results = {}
-    for name, (form, feature, qualities) in CLASSICAL.items():
-        if not features.check(feature):
-            print(f"{name}: this Pillow was built without it, left out")
-            continue
-        try:
-            results[name] = [measure_quality(images, form, quality) for quality in qualities]
-        # each ends at some size, WebP at 16,383 pixels a side
-        except (OSError, ValueError, RuntimeError) as error:
-            print(f"{name}: Pillow cannot write these images ({error}), left out")
+    with crew(None, None, workers) as each:
+        for name, (form, feature, qualities) in CLASSICAL.items():
+            if not features.check(feature):
+                print(f"{name}: this Pillow was built without it, left out")
+                continue
+            jobs = [(image, form, quality) for quality in qualities for image in images]
+            try:
+                rows = list(each(measure_pillow, jobs))
+            # each ends at some size, WebP at 16,383 pixels a side
+            except (OSError, ValueError, RuntimeError) as error:
+                print(f"{name}: Pillow cannot write these images ({error}), left out")
+                continue
+            results[name], count = [], len(images)
+            for k, quality in enumerate(qualities):
+                figures = mean_of(rows[k * count : (k + 1) * count])
+                results[name].append({"quality": quality, **figures})
     return results
 
 
-def measure_quality(images, form, quality):
-    """One quality of one of Pillow's codecs, averaged over the images."""
-    rows = []
-    for image in images:
-        data, decoded = pillow_coded(image, form, quality)
-        rows.append(
-            {
-                "bpp": bits_per_pixel(len(data), image),
-                "psnr": min(psnr(image, decoded), LOSSLESS),
-                "ms_ssim": ms_ssim(image, decoded),
-            }
-        )
-    return {"quality": quality, **mean_of(rows)}
+def measure_pillow(_, image, form, quality):
+    """One file of one of Pillow's codecs."""
+    data, decoded = pillow_coded(image, form, quality)
+    return {
+        "bpp": bits_per_pixel(len(data), image),
+        "psnr": min(psnr(image, decoded), LOSSLESS),
+        "ms_ssim": ms_ssim(image, decoded),
+    }
 
 
 def points(rows):

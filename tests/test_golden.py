@@ -262,7 +262,7 @@ def test_files_of_the_shipped_codecs_made_on_another_machine_are_read(environmen
     )
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines()]
-    assert len(rows) == 3 and all(
+    assert len(rows) == 2 and all(
         int(most) <= 2 and float(share) < 0.01 for name, most, share in rows
     ), done.stdout
 

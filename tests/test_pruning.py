@@ -244,8 +244,8 @@ def test_threshold_keeps_the_smallest_width_under_alpha():
 
 
 def share_of(of):
-    """The share of `of` that a plan removes from CONFIG; "time" as if only y took any."""
-    return lambda widths: search.sparsity(CONFIG, widths, lambda widths: widths["y"])[of]
+    """The share of `of` that a plan removes from CONFIG; "time" as if each channel took the same."""
+    return lambda widths: search.sparsity(CONFIG, widths, lambda widths: sum(widths.values()))[of]
 
 
 @pytest.mark.parametrize("of", ["params", "macs", "both", "time"])

@@ -53,7 +53,7 @@ WIDTHS = {
     "h_s.1": 8,
     "h_s.2": 16,
 }
-SHIPPED = ("base", "pruned", "quantized")
+SHIPPED = ("pruned", "quantized")
 
 
 # Encoders out of tune, whose files a decoder must take all the same: y far outside the tables of
@@ -162,7 +162,7 @@ def make_files():
 
 
 def make_shipped():
-    """shipped/NAME.lic, one file of each codec in checkpoints/, and every fourth pixel in it.
+    """shipped/NAME.lic, a file of each codec of SHIPPED, and every fourth pixel in it.
 
     A decoder that reads one other symbol in it refuses it.
     """
