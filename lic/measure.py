@@ -93,23 +93,22 @@ def crew(path, coder, workers):
         pool.shutdown(cancel_futures=True)
 
 
+_coder = None  # of a process of the crew
+
+
 def begin_work(path, amp):
     """In a process of the crew, once."""
     global _coder
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is told by the first process
     keep_freed_memory()
     torch.set_num_threads(1)
-    _coder = load_coder(path, amp) if path else None
-    if _coder:
-        warm_up(_coder)
+    if path:
+        _coder = load_coder(path, amp)
+        _coder.decode(_coder.encode(dead_leaves(0), 0))  # warm-up
 
 
 def work(function, job):
     return function(_coder, *job)
-
-
-def warm_up(coder):
-    coder.decode(coder.encode(dead_leaves(0), 0))
 
 
 def measure_image(coder, image, level, effort=0):
@@ -192,7 +191,7 @@ def measure_checkpoint(path, images, amp=False, effort=0, record=None, workers=1
     """All levels of a checkpoint. effort: steps of train/effort.py; record: a Record or None."""
     model, meta = load_checkpoint(path)
     coder = ImageCoder(model, meta["tables"], meta["fingerprint"], amp)
-    warm_up(coder)
+    coder.decode(coder.encode(images[0], 0))  # warm-up
     threads = torch.get_num_threads() if workers == 1 else 1
     with crew(path, coder, workers) as each:
         levels = measure_levels(coder, images, each, effort, record, threads)
@@ -250,6 +249,8 @@ def measure_classical(images, workers=1):
             jobs = [(image, form, quality) for quality in qualities for image in images]
             try:
                 rows = list(each(measure_pillow, jobs))
+            except BrokenProcessPool:  # a RuntimeError, too; for `crew`
+                raise
             # each ends at some size, WebP at 16,383 pixels a side
             except (OSError, ValueError, RuntimeError) as error:
                 print(f"{name}: Pillow cannot write these images ({error}), left out")
