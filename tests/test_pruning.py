@@ -244,7 +244,7 @@ def test_threshold_keeps_the_smallest_width_under_alpha():
 
 
 def share_of(of):
-    """The share of `of` that a plan removes from CONFIG; "time" as if each channel took the same."""
+    """The share of `of` that a plan removes from CONFIG; as "time" each channel counts one."""
     return lambda widths: search.sparsity(CONFIG, widths, lambda widths: sum(widths.values()))[of]
 
 
