@@ -214,7 +214,7 @@ def test_four_megapixels_come_back_in_their_size():
 
 @pytest.mark.parametrize("codec", ["codec", "quantized"])
 def test_settings_of_the_decoder_change_no_symbol(codec, tmp_path):
-    """tools/exactness.py on one image; on Kodak its table is in docs/results.md."""
+    """tools/exactness.py on one image; on Kodak its table is in docs/notebook/."""
     (tmp_path / "leaves.png").write_bytes((FOLDER / "leaves.png").read_bytes())
     command = [
         sys.executable,

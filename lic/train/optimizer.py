@@ -9,7 +9,7 @@ gradient is small:
 
 Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (2024); the scale, which
 gives a step the usual size of Adam's, is that of Liu et al., "Muon is scalable for LLM training",
-arXiv:2502.16982. What it gains is in docs/training.md, as is why torch.optim.Muon, which computes
+arXiv:2502.16982. What it gains is in docs/notebook/training.md, as is why torch.optim.Muon, which computes
 in bf16, is not used.
 
 The scale of an 8-bit input is a number like 0.005, and a step of Adam is as large as the rate: some
@@ -20,7 +20,7 @@ import torch
 
 CLIP_NORM = 1.0  # of what Adam trains; Muon's step does not depend on the size of the gradient
 MOMENTUM = 0.95
-SCALE_RATE = 25  # times the rate of all else, for the logarithms of scales (docs/quantization.md)
+SCALE_RATE = 25  # times the rate of all else, for the logarithms of scales (docs/notebook/)
 # Jordan's polynomial a x + b x^3 + c x^5: five times it takes singular values to about 1
 NEWTON_SCHULZ, ITERATIONS = (3.4445, -4.7750, 2.0315), 5
 
