@@ -9,8 +9,8 @@ gradient is small:
 
 Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (2024); the scale, which
 gives a step the usual size of Adam's, is that of Liu et al., "Muon is scalable for LLM training",
-arXiv:2502.16982. What it gains is in docs/notebook/training.md, as is why torch.optim.Muon, which computes
-in bf16, is not used.
+arXiv:2502.16982. What it gains is in docs/notebook/training.md, as is why torch.optim.Muon, which
+computes in bf16, is not used.
 
 The scale of an 8-bit input is a number like 0.005, and a step of Adam is as large as the rate: some
 percent of it at once, or all. A step of its logarithm is a share of it, and it stays positive.
