@@ -4,6 +4,7 @@
     python -m lic decompress photo.lic photo.png
     python -m lic info photo.lic                    or of a checkpoint
     python -m lic compare photo.png beside.png      a crop beside JPEG and WebP of as many bytes
+    python -m lic show photo.png map.png            where in the photograph the bits of its file go
     python -m lic export codec.npz                  weights and tables, for ports
     python -m lic halve codec.pt half.pt            a float codec in half precision: half the bytes
 
@@ -39,11 +40,12 @@ def parse_args():
     compressing = add("compress", compress, both, "image to lic file")
     decompressing = add("decompress", decompress, both, "lic file to PNG")
     comparing = add("compare", compare, both, "original, lic, JPEG and WebP side by side, as PNG")
+    showing = add("show", show, both, "photograph, and a map of the bits of its file, as PNG")
     exporting = add("export", export, ["output"], "checkpoint as a NumPy archive, for ports")
     add("info", info, ["input"], "what is in a lic file or a checkpoint")
     add("halve", halve, both, "checkpoint of a float codec, its weights in half precision")
 
-    coding = (compressing, decompressing, comparing)
+    coding = (compressing, decompressing, comparing, showing)
     for command in (*coding, exporting):
         command.add_argument("--checkpoint", default=SHIPPED, help="default: the codec shipped")
     for command in coding:
@@ -51,10 +53,11 @@ def parse_args():
                              help=f"refuse larger images (default: {MAX_PIXELS})")
         command.add_argument("--amp", action="store_true",
                              help="bf16: faster on a CPU with AVX-512 bf16")
-    for command in (compressing, comparing):
+    for command in (compressing, comparing, showing):
         command.add_argument("--quality", type=float,
                              help="rate level, from 0, the smallest file; fractions are allowed "
                              "(default: the one in the middle)")
+    for command in (compressing, comparing):
         command.add_argument("--effort", type=whole_number, default=0,
                              help="steps of a search for a better file, 60 or 200, say; one takes "
                              "a second or two a megapixel (default: 0, no search)")
@@ -64,15 +67,6 @@ def parse_args():
                            help="its upper left corner (default: centred)")
     # fmt: on
     return parser.parse_args()
-
-
-def png_bytes(image):
-    """(H, W, 3) uint8 as a PNG file."""
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, format="PNG")
-    return buffer.getvalue()
 
 
 def compress(args):
@@ -89,6 +83,8 @@ def compress(args):
 
 
 def decompress(args):
+    from lic.pictures import png_bytes
+
     claim_output(args.output, ".png", args.overwrite, [args.input])
     codec = load(args.checkpoint, args.amp)
     with enough_memory(args.input):
@@ -136,11 +132,10 @@ def checkpoint_info(path):
 
 
 def compare(args):
-    import numpy as np
-
     from lic.images import read_image
     from lic.measure import best_within, bits_per_pixel
     from lic.metrics import psnr
+    from lic.pictures import beside, png_bytes
 
     claim_output(args.output, ".png", args.overwrite, [args.input])
     image = read_image(args.input, args.max_pixels)
@@ -152,20 +147,44 @@ def compare(args):
     quality = codec.middle_level() if args.quality is None else args.quality
     data = encode(codec, image, quality, args.effort, args.max_pixels, verbose=True)
     results = [("lic", quality, data, codec.decode(data, args.max_pixels))]
-    results += [(form, *best_within(image, form, len(data))) for form in ("JPEG", "WEBP")]
+    for name, form in (("JPEG", "JPEG"), ("WebP", "WEBP")):
+        results.append((name, *best_within(image, form, len(data))))
+
+    pictures, captions = [image], [f"original\n{image.size:,} bytes"]
     for name, quality, coded, decoded in results:
+        dB = psnr(image, decoded)
         remark = "  more than lic: its smallest" if len(coded) > len(data) else ""
         print(
             f"{name:5} quality {quality:<5g} {len(coded):8} bytes "
-            f"{bits_per_pixel(len(coded), image):8.4f} bpp {psnr(image, decoded):8.3f} dB{remark}"
+            f"{bits_per_pixel(len(coded), image):8.4f} bpp {dB:8.3f} dB{remark}"
         )
-
-    gap = np.full((min(args.crop, height - y), 8, 3), 255, np.uint8)
-    strip = [image[y : y + args.crop, x : x + args.crop]]
-    for *_, decoded in results:
-        strip += [gap, decoded[y : y + args.crop, x : x + args.crop]]
-    write_bytes(args.output, png_bytes(np.concatenate(strip, axis=1)))
+        pictures.append(decoded)
+        captions.append(f"{name}\n{len(coded):,} bytes, {dB:.2f} dB")
+    crops = [picture[y : y + args.crop, x : x + args.crop] for picture in pictures]
+    write_bytes(args.output, png_bytes(beside(crops, captions)))
     print(f"{args.output}, left to right: original, lic, JPEG, WebP")
+
+
+def show(args):
+    from lic.images import read_image
+    from lic.measure import bits_of_blocks
+    from lic.pictures import beside, enlarged, heat, png_bytes
+
+    claim_output(args.output, ".png", args.overwrite, [args.input])
+    image = read_image(args.input, args.max_pixels)
+    height, width = image.shape[:2]
+    codec = load(args.checkpoint, args.amp)
+    with enough_memory(f"{width}x{height} pixels"):
+        y, z = codec.latents(image, codec.level(args.quality), args.max_pixels)
+        bits, side = bits_of_blocks(codec, y, z)
+        coloured = heat(enlarged(bits, side)[:height, :width], bits.max())
+    captions = (
+        f"{Path(args.input).name}, {width}x{height}",
+        f"{bits.sum() / 8:,.0f} bytes\nblack 0, white {bits.max():.0f} bits a block",
+    )
+    write_bytes(args.output, png_bytes(beside((image, coloured), captions)))
+    print(f"{args.output}: blocks of {side}x{side} take {bits.min():.0f} to {bits.max():.0f} bits, "
+          f"{bits.mean():.1f} on average")  # fmt: skip
 
 
 def export(args):

@@ -18,8 +18,16 @@ from PIL import Image, features
 
 import lic
 from lic.codec import structure
-from lic.codec.bitstream import ImageCoder, load_coder, padded, padded_pixels
+from lic.codec.bitstream import (
+    ImageCoder,
+    channel_index,
+    integers,
+    load_coder,
+    padded,
+    padded_pixels,
+)
 from lic.codec.checkpoint import load_checkpoint
+from lic.codec.coder import PRECISION
 from lic.files import LicError, claim_output, read_bytes, write_bytes
 from lic.images import dead_leaves, digest
 from lic.metrics import ms_ssim, psnr
@@ -153,6 +161,41 @@ def measure_levels(coder, images, each, effort=0, record=None, threads=1):
         of_level = keys[level * count : (level + 1) * count]
         rows.append({"lmbda": lmbda, **mean_of([record.figures[key] for key in of_level])})
     return rows
+
+
+def coded_bits(coder, y, z):
+    """What each symbol of y and z costs in a file, in bits: (M, h, w) and (Z, h', w') float64.
+
+    y, z: as coder.latents gives them. A symbol costs -log2 of its share of its table; one outside
+    the table costs the escape and 32 bits.
+    """
+    z_symbols = integers(z, "z")
+    mean, y_index = coder.entropy_parameters(z_symbols.reshape(z.shape[1:]))
+    y_symbols = integers(y - mean, "y")
+    y_bits = bits_of_symbols(y_symbols, y_index, coder.tables["y"])
+    z_bits = bits_of_symbols(z_symbols, channel_index(z.shape[1:]), coder.tables["z"])
+    return y_bits.reshape(y.shape[1:]), z_bits.reshape(z.shape[1:])
+
+
+def bits_of_blocks(coder, y, z):
+    """Bits of each block of the picture that is one position of y, (h, w), and its side, pixels.
+
+    A position of z stands for several blocks: each gets its share of z's bits.
+    """
+    y_bits, z_bits = (bits.sum(0) for bits in coded_bits(coder, y, z))
+    side = round(structure.positions()["y"] ** -0.5)
+    ratio = structure.total_stride() // side  # blocks on the side of a position of z
+    return y_bits + z_bits.repeat(ratio, 0).repeat(ratio, 1) / ratio**2, side
+
+
+def bits_of_symbols(symbols, table_index, tables):
+    """-log2 p of each symbol by its table, (n,) float64; symbols, table_index (n,)."""
+    last = tables.sizes[table_index] - 1  # the entry "escape"
+    entries = symbols.astype(np.int64) - tables.offsets[table_index]
+    escaped = (entries < 0) | (entries >= last)
+    starts = (np.cumsum(tables.sizes) - tables.sizes)[table_index]
+    counts = tables.counts[starts + np.where(escaped, last, entries)]
+    return PRECISION - np.log2(counts) + 32 * escaped
 
 
 def ideal_bits(coder, image, level):
