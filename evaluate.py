@@ -11,7 +11,6 @@ better.
 
 import lic.interrupt  # first: from here on Ctrl-C is a word
 
-import io
 import json
 from pathlib import Path
 
@@ -25,9 +24,11 @@ from lic.images import dead_leaves, find_images, read_images, split
 from lic.measure import LOSSLESS, Record, measure_checkpoint, measure_classical, points
 from lic.metrics import bd_rate, shared_range
 from lic.options import make_parser, positive_whole_number, whole_number
+from lic.plots import import_pyplot, plot_rate_distortion
 from lic.program import processor, run
 
 STAGES = ["runs/dense.pt", "runs/pruned.pt", "runs/quantized.pt"]
+DRAWN = ["webp", "avif", "compressai mbt2018-mean (published)"]  # beside the checkpoints
 
 
 def parse_args():
@@ -93,20 +94,6 @@ def show_bd_rates(ours, others):
         print(remark)
 
 
-def import_pyplot():
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise LicError(
-            "--plot needs matplotlib, which is not installed: "
-            "pip install matplotlib, or leave out --plot"
-        ) from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
 def load_published(path):
     """{name: [(bpp, PSNR)]} of a file like docs/kodak_published.json."""
     try:
@@ -117,30 +104,6 @@ def load_published(path):
         return curves
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise LicError(f"{path} holds no curves like docs/kodak_published.json") from error
-
-
-def plot(path, pyplot, ours, others):
-    """ours, others: {name: [(bpp, PSNR)]}."""
-    figure, axes = pyplot.subplots(figsize=(8, 5.5))
-    for name, curve in ours.items():
-        axes.plot(*zip(*curve), marker="o", markersize=4, label=name)
-    axes.set_prop_cycle(color=pyplot.colormaps["tab20"].colors[1::2])  # ten lighter ones
-    for name, curve in others.items():
-        axes.plot(*zip(*curve), linewidth=1, linestyle="--", label=name)
-    right = 1.4 * max(bpp for curve in ours.values() for bpp, _ in curve)
-    everything = [point for curve in (*ours.values(), *others.values()) for point in curve]
-    shown = [quality for bpp, quality in everything if bpp <= right]
-    axes.set(
-        xlabel="bits per pixel (file)",
-        ylabel="PSNR (dB)",
-        xlim=(0, right),
-        ylim=(min(shown) - 0.5, max(shown) + 0.5),
-    )
-    axes.grid(alpha=0.3)
-    axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1), fontsize="small")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130, bbox_inches="tight")
-    write_bytes(path, buffer.getvalue())
 
 
 def images_of(args):
@@ -194,7 +157,8 @@ def main():
         if path:
             inputs = [*args.checkpoints, args.data, args.published]
             claim_output(path, suffix, args.overwrite, filter(None, inputs))
-    pyplot = import_pyplot() if args.plot else None
+    if args.plot:
+        import_pyplot()  # refuse now rather than at the end
     published = load_published(args.published) if args.published else {}
     for path in args.checkpoints:
         load_checkpoint(path)  # refuse a bad one before measuring the others
@@ -237,7 +201,8 @@ def main():
         }
         write_bytes(args.json, json.dumps(result, indent=1, allow_nan=False).encode())
     if args.plot:
-        plot(args.plot, pyplot, ours, others)
+        drawn = {name: curve for name, curve in others.items() if name in DRAWN}
+        plot_rate_distortion(args.plot, ours, drawn)
     show_bd_rates(ours, others)
 
 

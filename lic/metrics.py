@@ -66,8 +66,8 @@ def ms_ssim(a, b):
     return min(result.mean().item(), 1.0)  # roundings can make it more
 
 
-def _pchip_integral(x, y, low, high):
-    """Integral over [low, high] of the monotone piecewise cubic through (x, y).
+def pchip(x, y):
+    """The monotone piecewise cubic through the points (x, y): a polynomial of v - x[i] a piece.
 
     Fritsch and Butland, "A method for constructing local monotone piecewise cubic interpolants",
     SIAM J. Sci. Stat. Comput. 1984.
@@ -86,14 +86,43 @@ def _pchip_integral(x, y, low, high):
         return 3 * s0 if s0 * s1 < 0 and abs(value) > 3 * abs(s0) else value
 
     d[0], d[-1] = end(h[0], h[1], slope[0], slope[1]), end(h[-1], h[-2], slope[-1], slope[-2])
-    total = 0.0
+    pieces = []
     for i in range(len(h)):
-        a, b = np.clip([low, high], x[i], x[i + 1]) - x[i]
         c2 = (3 * slope[i] - 2 * d[i] - d[i + 1]) / h[i]
         c3 = (d[i] + d[i + 1] - 2 * slope[i]) / h[i] ** 2
-        antiderivative = np.poly1d([c3 / 4, c2 / 3, d[i] / 2, y[i], 0])
-        total += antiderivative(b) - antiderivative(a)
+        pieces.append(np.poly1d([c3, c2, d[i], y[i]]))
+    return pieces
+
+
+def pchip_integral(x, y, low, high):
+    """Integral over [low, high], within x, of the curve that `pchip` draws."""
+    total = 0.0
+    for i, piece in enumerate(pchip(x, y)):
+        a, b = np.clip([low, high], x[i], x[i + 1]) - x[i]
+        total += piece.integ()(b) - piece.integ()(a)
     return total
+
+
+def pchip_values(x, y, at):
+    """That curve at the places `at`, an array within the range of x."""
+    piece_of = np.clip(np.searchsorted(x, at, side="right") - 1, 0, len(x) - 2)
+    pieces = pchip(x, y)
+    return np.array([pieces[i](v - x[i]) for i, v in zip(piece_of, at)])
+
+
+def rate_differences(anchor, test, count=100):
+    """How much more rate `test` needs than `anchor`, in percent, at each quality: see `bd_rate`.
+
+    anchor, test: lists of (bpp, quality), as `bd_rate` takes them. Returns `count` qualities that
+    both reach, and the percentages there.
+    """
+    low, high, _ = shared_range(anchor, test)
+    quality = np.linspace(low, high, count)
+    logarithms = []
+    for points in (anchor, test):
+        rate, reached = np.array(sorted(points), dtype=np.float64).T
+        logarithms.append(pchip_values(reached, np.log(rate), quality))
+    return quality, 100 * np.expm1(logarithms[1] - logarithms[0])
 
 
 def shared_range(anchor, test):
@@ -128,5 +157,5 @@ def bd_rate(anchor, test, names=("the first curve", "the second curve")):
     high = min(quality[-1] for quality, _ in curves)
     if low >= high:
         return None, "the curves share no quality range"
-    anchor_area, test_area = (_pchip_integral(quality, rate, low, high) for quality, rate in curves)
+    anchor_area, test_area = (pchip_integral(*curve, low, high) for curve in curves)
     return 100 * math.expm1((test_area - anchor_area) / (high - low)), None

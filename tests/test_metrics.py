@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lic.metrics import bd_rate, ms_ssim, psnr
+from lic.metrics import bd_rate, ms_ssim, pchip_values, psnr, rate_differences
 
 MEAN_SCALE = list(zip([0.12392, 0.19798, 0.30724, 0.46061], [27.6995, 29.3588, 31.1289, 32.9507]))
 HYPERPRIOR = list(zip([0.13129, 0.20889, 0.31986, 0.47836], [27.5815, 29.1967, 30.9722, 32.8382]))
@@ -51,6 +51,21 @@ def test_bd_rate_equals_the_bjontegaard_package():
 def test_bd_rate_of_ten_percent_more_bits_is_ten_percent():
     assert bd_rate(JPEG, [(1.1 * r, q) for r, q in JPEG])[0] == pytest.approx(10)
     assert bd_rate(JPEG, JPEG)[0] == pytest.approx(0)
+
+
+def test_rate_differences_average_to_the_bd_rate():
+    quality, percent = rate_differences(MEAN_SCALE, HYPERPRIOR, count=2001)
+    mean = 100 * np.expm1(np.log1p(percent / 100).mean())
+    assert mean == pytest.approx(bd_rate(MEAN_SCALE, HYPERPRIOR)[0], abs=0.01)
+    assert (quality[0], quality[-1]) == (27.6995, 32.8382)  # what both reach
+    _, percent = rate_differences(JPEG, [(1.1 * r, q) for r, q in JPEG])
+    assert percent == pytest.approx(10)
+
+
+def test_the_curve_passes_through_its_points_and_rises_between_them():
+    x, y = np.array([0.0, 1, 3, 4]), np.array([0.0, 2, 2.5, 7])
+    assert pchip_values(x, y, x) == pytest.approx(y)
+    assert (np.diff(pchip_values(x, y, np.linspace(0, 4, 200))) >= 0).all()
 
 
 @pytest.mark.parametrize(

@@ -21,13 +21,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from evaluate import import_pyplot
 from lic import SHIPPED, load
 from lic.codec.bitstream import padded
 from lic.codec.gradients import round_ste
 from lic.files import claim_output, write_bytes
 from lic.images import find_images, fixed_crops, read_image, read_images
 from lic.options import positive_whole_number, whole_number
+from lic.plots import import_pyplot, write_figure
 from lic.program import run
 from lic.train import effort
 from lic.train.effort import annealed
