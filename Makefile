@@ -11,6 +11,10 @@ demo: .venv/installed
 	$(VENV) prune.py --checkpoint runs/demo/dense.pt --plan runs/demo/plan.json --out runs/demo/pruned.pt
 	$(VENV) quantize.py --checkpoint runs/demo/pruned.pt --out runs/demo/quantized.pt
 	$(VENV) evaluate.py runs/demo/dense.pt runs/demo/pruned.pt runs/demo/quantized.pt
+	$(VENV) -m lic compare docs/coffee.png runs/demo/beside.png --checkpoint runs/demo/quantized.pt
+	@echo "Look at runs/demo/beside.png: what a minute of synthetic images teaches a codec of this size."
+	@echo "Next: what real training makes of it, .venv/bin/python -m lic compare docs/coffee.png beside.png"
+	@echo "      how it works, in pictures: docs/tour.md; on your own photographs: README.md"
 
 test: .venv/installed
 	$(VENV) -m pytest tests

@@ -66,10 +66,11 @@ def name_ends(axes, ends, least=0.05):
 
     ends: {name: (x, y, colour)}; least: between two names, as a share of the plot's height.
     """
-    bottom, top = axes.get_ylim()
+    axes.autoscale_view()  # the limits are set now rather than when it is drawn
+    in_axes = axes.transData - axes.transAxes
     height = float("inf")
     for name, (x, y, colour) in sorted(ends.items(), key=lambda item: -item[1][1]):
-        height = min((y - bottom) / (top - bottom), height - least)
+        height = min(in_axes.transform((x, y))[1], height - least)
         axes.annotate(
             name, (x, y), (1.02, height), textcoords="axes fraction", color=colour, va="center",
             arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "alpha": 0.5},

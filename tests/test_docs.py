@@ -1,4 +1,7 @@
-"""The README's results are those of docs/results.json, and these belong to the files shipped."""
+"""The README's results are those of docs/results.json, and these belong to the files shipped.
+
+And every link of the docs leads somewhere.
+"""
 
 import json
 import re
@@ -12,6 +15,7 @@ from lic.codec.checkpoint import load_checkpoint
 RESULTS = json.loads((ROOT / "docs/results.json").read_text())
 CODECS = {Path(result["path"]).name: result for result in RESULTS["checkpoints"]}
 SHIPPED = ["dense.pt", "pruned.pt", "quantized.pt"]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def rows_of_the_readme():
@@ -61,3 +65,48 @@ def test_the_codecs_shipped_are_one_lineage():
         assert child["lineage"][: len(parent["lineage"])] == parent["lineage"]
         assert steps[0]["parent"] == parent["fingerprint"]
         assert steps[0]["stage"] == child["stage"]
+
+
+def without_code(page):
+    return re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+
+
+def anchors(page):
+    """What a link may name behind "#": the headings, as GitHub spells them."""
+    headings = re.findall(r"^#+ (.*)$", without_code(page), flags=re.MULTILINE)
+    kept = (re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings)
+    return {heading.replace(" ", "-") for heading in kept}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_leads_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", without_code(page)):
+        if link.startswith("http"):
+            continue
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_every_picture_is_shown_and_all_are_small():
+    pictures = [path for path in (ROOT / "docs").rglob("*.png")]
+    text = "".join(page.read_text() for page in PAGES)
+    assert all(path.name in text for path in pictures)
+    assert sum(path.stat().st_size for path in pictures) < 3_000_000
+
+
+def test_the_readme_names_files_and_functions_that_exist():
+    """`lic/train/effort.py: search` and the like, in all pages but the notebook's."""
+    count = 0
+    for page in PAGES:
+        if "notebook" in page.parts:
+            continue
+        for name, functions in re.findall(r"`([\w/]+\.py): ([\w., ]+)`", page.read_text()):
+            source = (ROOT / name).read_text()
+            for function in functions.split(", "):
+                part = function.split(".")[-1]
+                defined = rf"(def|class) {part}\b|^{part}( =|:)"
+                assert re.search(defined, source, flags=re.MULTILINE), (page.name, name, function)
+                count += 1
+    assert count > 40

@@ -218,7 +218,7 @@ def test_an_effort_that_is_no_number_of_steps_is_refused(coder, wrong):
 
 def test_the_tool_prints_a_row_a_variant(tmp_path, monkeypatch, capsys):
     Image.fromarray(dead_leaves(0)).save(tmp_path / "a.png")
-    command = ["tools/effort.py", "--checkpoint", FOLDER / "quantized.pt", "variants", tmp_path]
+    command = ["tools/effort.py", "--checkpoint", FOLDER / "quantized.pt", tmp_path]
     names = ["10 steps", "atanh, as in the paper", "SOFTNESS 0.7"]
     assert run_script(monkeypatch, *command, "--levels", 0, 2, "--only", *names) == 0
     rows = capsys.readouterr().out.splitlines()[2:]

@@ -1,16 +1,11 @@
-"""What the search of lic/train/effort.py does, and what each part of it is worth.
+"""What each part of the search of lic/train/effort.py is worth.
 
-    python tools/effort.py picture docs/coffee.png --curves curves.png --bits bits.png
-    python tools/effort.py variants photos/ --levels 0 2 4
+    python tools/effort.py photos/ --levels 0 2 4
 
-picture: two plots (with matplotlib). The curves: J of the picture by step, its latents rounded as
-for a file, by annealing and by rounding straight through. The bits: where in the picture they lie,
-before the search and after. variants: how much other formulas, rates and numbers of steps change J
-of rounded latents, a mean over the centres of some photographs.
+How much other formulas, rates and numbers of steps change J of rounded latents, a mean over the
+centres of some photographs.
 """
 
-import argparse
-import io
 import sys
 import time
 from contextlib import ExitStack
@@ -24,10 +19,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from lic import SHIPPED, load
 from lic.codec.bitstream import padded
 from lic.codec.gradients import round_ste
-from lic.files import claim_output, write_bytes
-from lic.images import find_images, fixed_crops, read_image, read_images
-from lic.options import positive_whole_number, whole_number
-from lic.plots import import_pyplot, write_figure
+from lic.images import find_images, fixed_crops, read_images
+from lic.options import make_parser, positive_whole_number, whole_number
 from lic.program import run
 from lic.train import effort
 from lic.train.effort import annealed
@@ -87,25 +80,14 @@ VARIANTS = {  # name: what is replaced in lic/train/effort.py, or the number of 
 
 def parse_args():
     # fmt: off
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--checkpoint", default=SHIPPED, help="default: the codec shipped")
-    commands = parser.add_subparsers(dest="command", required=True)
-    picture = commands.add_parser("picture")
-    picture.set_defaults(function=show_picture)
-    picture.add_argument("image", help="picture, of one megapixel, say: it is not cut into tiles")
-    picture.add_argument("--level", type=whole_number, default=2, help="rate level (default: 2)")
-    picture.add_argument("--curves", required=True, help="PNG to write")
-    picture.add_argument("--bits", required=True, help="PNG to write")
-    picture.add_argument("--overwrite", action="store_true", help="replace them")
-    variants = commands.add_parser("variants")
-    variants.set_defaults(function=show_variants)
-    variants.add_argument("photos", help="folder")
-    variants.add_argument("--levels", type=whole_number, nargs="+", default=[2],
-                          help="rate levels (default: 2)")
-    variants.add_argument("--crops", type=positive_whole_number, default=4,
-                          help="photographs, of each the centre of 256x256 (default: 4)")
-    variants.add_argument("--only", nargs="+", help="names of variants (default: all)")
+    parser.add_argument("photos", help="folder")
+    parser.add_argument("--levels", type=whole_number, nargs="+", default=[2],
+                        help="rate levels (default: 2)")
+    parser.add_argument("--crops", type=positive_whole_number, default=4,
+                        help="photographs, of each the centre of 256x256 (default: 4)")
+    parser.add_argument("--only", nargs="+", help="names of variants (default: all)")
     # fmt: on
     return parser.parse_args()
 
@@ -173,75 +155,11 @@ def show_variants(args, coder):
         print(f"{name:34}{row}{(time.perf_counter() - start) / work:>10.2f}", flush=True)
 
 
-def write_figure(figure, path):
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
-    write_bytes(path, buffer.getvalue())
-    print(f"wrote {path}")
-
-
-def plot_curves(pyplot, searches, path):
-    figure, axes = pyplot.subplots(figsize=(7, 4))
-    for name, search in searches.items():
-        start = search.losses[0]
-        axes.plot([100 * (J / start - 1) for J in search.losses], label=name)
-    axes.axhline(0, color="grey", linewidth=0.5)
-    axes.set(xlabel="step", ylabel="J of the rounded latents, % above the start")
-    axes.legend()
-    axes.grid(alpha=0.3)
-    write_figure(figure, path)
-
-
-def plot_bits(pyplot, image, before, after, path):
-    """before, after: bits of each position of y, (h, w)."""
-    largest = max(before.max(), after.max())
-    figure, panels = pyplot.subplots(2, 2, figsize=(10, 6.5), layout="constrained")
-    (picture, difference), below = panels
-    extent = (0, 16 * before.shape[1], 16 * before.shape[0], 0)
-    picture.imshow(image)
-    picture.set_title("the picture")
-    limit = (after - before).abs().max()
-    drawn = difference.imshow(
-        after - before, cmap="coolwarm", vmin=-limit, vmax=limit, extent=extent
-    )
-    difference.set_title("bits of y a position, the change")
-    figure.colorbar(drawn, ax=difference)
-    for axes, bits, title in zip(below, (before, after), ("before", "after")):
-        drawn = axes.imshow(bits, cmap="magma", vmin=0, vmax=largest, extent=extent)
-        axes.set_title(f"{title}: {bits.sum() / 8:,.0f} bytes")
-    figure.colorbar(drawn, ax=below[1])
-    for axes in panels.flatten():
-        axes.set(xlim=(0, image.shape[1]), ylim=(image.shape[0], 0), xticks=[], yticks=[])
-    write_figure(figure, path)
-
-
-def show_picture(args, coder):
-    for path in (args.curves, args.bits):
-        claim_output(path, ".png", args.overwrite, [args.image, args.checkpoint])
-    pyplot, image = import_pyplot(), read_image(args.image)
-    searches = {
-        name: Search(coder, image, args.level) for name in ("annealing", "straight through")
-    }
-    before = searches["annealing"].y_bits.sum(0)
-    searches["annealing"].run(trace=True)
-    with mock.patch.object(effort, "annealed", straight_through):
-        searches["straight through"].run(trace=True)
-    for name, search in searches.items():
-        print(f"{name:16}  J {search.losses[0]:.4f} -> {search.losses[-1]:.4f}, {STEPS} steps")
-    old, new = searches["annealing"].v.round(), searches["annealing"].found.round()
-    print(
-        f"annealing changed {(old != new).sum():,} of {old.numel():,} latents, by at most "
-        f"{(old - new).abs().max():g}; not 0 were {(old != 0).sum():,}, are {(new != 0).sum():,}"
-    )
-    plot_curves(pyplot, searches, args.curves)
-    plot_bits(pyplot, image, before, searches["annealing"].y_bits.sum(0), args.bits)
-
-
 def main():
     args = parse_args()
     coder = load(args.checkpoint)
     coder.model.requires_grad_(False)
-    args.function(args, coder)
+    show_variants(args, coder)
 
 
 if __name__ == "__main__":

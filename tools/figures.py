@@ -1,0 +1,533 @@
+"""Every picture of the docs, from the files that are shipped (two minutes, needs matplotlib).
+
+    python tools/figures.py                  all of them, into docs/figures/
+    python tools/figures.py bits widths      these
+
+One photograph, docs/coffee.png, goes through the codec at the middle level; the numbers that
+docs/tour.md quotes are printed. What is calibrated, sensitivities and 8 bits, sees crops of the
+same photograph: enough to draw, too little to prune by.
+"""
+
+import copy
+import io
+import json
+import sys
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from ablation import with_nearest_weights, with_rounded_inputs
+from effort import STEPS, Search, straight_through
+
+import lic
+from lic.codec import structure
+from lic.codec.bitstream import padded
+from lic.codec.checkpoint import load_checkpoint
+from lic.codec.eight_bits import (
+    WEIGHT,
+    eight_bit_inputs,
+    fake_quantize,
+    input_ranges,
+    quantize_layers,
+)
+from lic.codec.entropy import LOG_SCALE_MIN, LOG_SCALE_STEP
+from lic.files import LicError, write_bytes
+from lic.images import read_image
+from lic.measure import bits_of_blocks, bits_of_symbols, coded_bits, points
+from lic.metrics import psnr
+from lic.options import make_parser
+from lic.pictures import beside, enlarged, heat, png_bytes
+from lic.plots import import_pyplot, name_ends, plot_rate_distortion
+from lic.program import run
+from lic.shrink import search
+from lic.shrink.pruning import most_important, narrow, residual
+from lic.shrink.quantization import equalize, input_scales, largest_scale
+from lic.shrink.rounding import patch_moments, round_weights
+from lic.shrink.statistics import best_prediction, layer_inputs, observe
+from lic.train import effort
+from lic.train.loss import mean_loss
+
+ROOT = Path(__file__).parent.parent
+FOLDER, CHECKPOINTS = ROOT / "docs/figures", ROOT / "checkpoints"
+PHOTOGRAPH = ROOT / "docs/coffee.png"
+
+
+class Walk:
+    """What becomes of the photograph in the shipped codec, step by step.
+
+    x (1, 3, H', W'), y and symbols (1, M, h, w), z (1, Z, h/4, w/4), mean and scale as y,
+    image and decoded (H, W, 3).
+    """
+
+    def __init__(self):
+        self.coder = lic.load(CHECKPOINTS / "quantized.pt")
+        self.image = read_image(PHOTOGRAPH)
+        self.level = float(self.coder.middle_level())
+        self.x = padded(self.image)
+        self.y, self.z = self.coder.latents(self.image, self.level)
+        z_hat = self.z.round().to(torch.int32)
+        self.mean, index = self.coder.entropy_parameters(z_hat[0].numpy())
+        self.table = torch.from_numpy(index).long().view(self.y.shape)
+        self.scale = torch.exp(LOG_SCALE_MIN + LOG_SCALE_STEP * self.table)
+        self.symbols = (self.y - self.mean).round()
+        self.data = self.coder.encode(self.image, self.level)
+        self.decoded = self.coder.decode(self.data)
+        self.loudest = self.y.var((0, 2, 3)).argsort(descending=True)
+
+
+def crops_of(image, side=128):
+    """All squares of an image that do not overlap: (B, 3, side, side) in [0, 1]."""
+    x = padded(image)
+    squares = x.unfold(2, side, side).unfold(3, side, side)  # (1, 3, rows, columns, side, side)
+    return squares.permute(0, 2, 3, 1, 4, 5).reshape(-1, 3, side, side)
+
+
+def save(figure, name):
+    """A figure of matplotlib, in 256 colours: a third of the bytes."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=90, bbox_inches="tight")
+    picture = Image.open(buffer).convert("RGB").quantize(256)
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG", optimize=True)
+    write_bytes(FOLDER / f"{name}.png", buffer.getvalue())
+
+
+def grey(axes, values, title, limit=None):
+    """A channel as a grey picture: 0 in the middle, `limit` white; limit: by default the largest."""
+    limit = float(limit or values.abs().max())
+    axes.imshow(values, cmap="gray", vmin=-limit, vmax=limit)
+    axes.set_title(title, fontsize=8)
+    axes.set(xticks=[], yticks=[])
+
+
+# the photograph's way through the codec
+
+
+def latents(walk, pyplot):
+    figure = pyplot.figure(figsize=(11, 4.6), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(1, 1.15))
+    axes = left.subplots()
+    axes.imshow(walk.image)
+    axes.set_title("x", fontsize=8)
+    axes.set(xticks=[], yticks=[])
+    for axes, channel in zip(right.subplots(4, 4).flatten(), walk.loudest):
+        values = walk.y[0, channel]
+        grey(axes, values, f"{channel}: up to {values.abs().max():.0f}")
+    save(figure, "latents")
+    print(f"y: {tuple(walk.y.shape[1:])}, largest {walk.y.abs().max():.1f}")
+    zero = (walk.symbols == 0).float().mean()
+    print(f"rounded around the mean {zero:.1%} of {walk.symbols.numel():,} latents are 0")
+
+
+def steps(walk, pyplot):
+    """1 / gain: what a latent of a channel is rounded to multiples of."""
+    model = walk.coder.model
+    step = torch.exp(-model.log_gain.detach())  # (levels, M)
+    order = step[walk.coder.middle_level()].argsort()
+    figure, axes = pyplot.subplots(figsize=(8, 3.5), layout="constrained")
+    for level, row in enumerate(step[:, order]):
+        (line,) = axes.semilogy(row, linewidth=1)
+        axes.annotate(f"level {level}", (75, 1.1 * row[75]), color=line.get_color(), fontsize=8)
+    axes.set(xlabel="channel of y, sorted", ylabel="step, in units of g_a's output")
+    axes.grid(alpha=0.3)
+    save(figure, "steps")
+    middle = step.log().mean(1).exp()
+    print("step a level, geometric mean:", *(f"{v:.2f}" for v in middle))
+
+
+def hyperprior(walk, pyplot):
+    """One channel of y, and what z says of it."""
+    channel = walk.loudest[0]
+    z_channel = walk.z.square().mean((0, 2, 3)).argmax()
+    y, mean, scale = walk.y[0, channel], walk.mean[0, channel], walk.scale[0, channel]
+    figure, panels = pyplot.subplots(1, 5, figsize=(13, 2.2), layout="constrained")
+    limit = y.abs().max()
+    grey(panels[0], walk.z[0, z_channel].round(), f"z, channel {z_channel}")
+    grey(panels[1], y, f"y, channel {channel}", limit)
+    grey(panels[2], mean, "mean", limit)
+    grey(panels[3], scale, f"scale: {scale.min():.2f} to {scale.max():.1f}")
+    grey(panels[4], (y - mean) / scale, "(y - mean) / scale", 3)
+    save(figure, "hyperprior")
+    print(f"z: {tuple(walk.z.shape[1:])}, largest {walk.z.abs().max():.1f}")
+    for name, values in (("y", walk.y), ("y - mean", walk.y - walk.mean)):
+        print(f"{name}: standard deviation of all latents {values.std():.2f}")
+    used = walk.table.unique()
+    print(f"{len(used)} of 64 tables are used")
+
+
+def bits(walk, pyplot):
+    """Where in the picture the bits are, and in which channels."""
+    blocks, side = bits_of_blocks(walk.coder, walk.y, walk.z)
+    y_bits, z_bits = coded_bits(walk.coder, walk.y, walk.z)
+    height, width = walk.image.shape[:2]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
+    coloured = heat(enlarged(blocks, side)[:height, :width], blocks.max())
+    left.imshow((walk.image * 0.35 + coloured * 0.65).astype(np.uint8))
+    left.set_title(f"{len(walk.data):,} bytes; brightest block {blocks.max():.0f} bits", fontsize=8)
+    left.set(xticks=[], yticks=[])
+    of_channels = np.sort(y_bits.sum((1, 2)))[::-1] / 8
+    right.bar(range(len(of_channels)), of_channels, width=1)
+    right.set(xlabel="channel of y, sorted", ylabel="bytes")
+    save(figure, "bits")
+    shares = np.cumsum(of_channels) / of_channels.sum()
+    print(f"bytes: file {len(walk.data)}, y {y_bits.sum() / 8:.0f}, z {z_bits.sum() / 8:.0f}")
+    print(f"half of y's bytes are in {np.argmax(shares >= 0.5) + 1} channels, nine tenths in "
+          f"{np.argmax(shares >= 0.9) + 1} of {len(shares)}")  # fmt: skip
+    print(f"a block of {side}x{side}: {blocks.min():.0f} to {blocks.max():.0f} bits, "
+          f"{blocks.mean():.1f} on average")  # fmt: skip
+
+
+def table(walk, pyplot):
+    """The symbols of the table that codes most bits, and what it expects."""
+    tables = walk.coder.tables["y"]
+    y_bits, _ = coded_bits(walk.coder, walk.y, walk.z)
+    t = np.bincount(walk.table.flatten(), weights=y_bits.flatten()).argmax()
+    coded = walk.symbols[walk.table == t].numpy().astype(np.int32)
+    values, counts = np.unique(coded, return_counts=True)
+    start = tables.sizes[:t].sum()
+    expected = tables.counts[start : start + tables.sizes[t] - 1] / 2**24
+    support = tables.offsets[t] + np.arange(len(expected))
+    figure, axes = pyplot.subplots(figsize=(7, 3.2), layout="constrained")
+    axes.bar(values, counts / len(coded), label="symbols of this picture")
+    axes.plot(support, expected, "k.-", linewidth=0.8, label="the table")
+    reach = np.abs(values).max() + 1
+    axes.set(xlim=(-reach, reach), xlabel="y - mean, rounded", ylabel="share")
+    axes.legend()
+    save(figure, "table")
+    paid = bits_of_symbols(coded, np.full(len(coded), t), tables).mean()
+    share = counts / len(coded)
+    entropy = -(share * np.log2(share)).sum()
+    scale = np.exp(LOG_SCALE_MIN + LOG_SCALE_STEP * t)
+    print(f"table {t}, scale {scale:.2f}: {len(coded):,} symbols, {paid:.3f} bits each, "
+          f"their entropy {entropy:.3f}")  # fmt: skip
+
+
+@torch.inference_mode()
+def units(walk, pyplot, count=8, side=3):
+    """What one latent alone adds to a grey picture, for the loudest channels; below, a DCT's."""
+    model = walk.coder.model
+    _, inverse_gain = model.gains(torch.tensor([walk.level]))
+    nothing = torch.zeros(1, walk.y.shape[1], 2 * side + 1, 2 * side + 1)
+    background = model.g_s(nothing)
+    figure, rows = pyplot.subplots(2, count, figsize=(11, 3), layout="constrained")
+    u = np.arange(16) + 0.5
+    frequencies = [(0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (2, 0), (1, 2), (3, 3)]
+    for axes, channel in zip(rows[0], walk.loudest):
+        one = nothing.clone()
+        one[0, channel, side, side] = walk.symbols[0, channel].abs().max()
+        painted = (model.g_s(one * inverse_gain) - background)[0].permute(1, 2, 0)
+        painted = painted[16 * side - 24 : 16 * side + 40, 16 * side - 24 : 16 * side + 40]
+        axes.imshow((0.5 + 0.5 * painted / painted.abs().max()).clamp(0, 1))
+        axes.set_title(f"channel {channel}", fontsize=8)
+    for axes, (a, b) in zip(rows[1], frequencies):
+        waves = np.outer(np.cos(np.pi * a * u / 16), np.cos(np.pi * b * u / 16))
+        axes.imshow(np.pad(waves, 24), cmap="gray", vmin=-1, vmax=1)
+        axes.set_title(f"DCT {a}, {b}", fontsize=8)
+    for axes in rows.flatten():
+        axes.set(xticks=[], yticks=[])
+    save(figure, "units")
+
+
+def error(walk, pyplot):
+    figure, panels = pyplot.subplots(1, 3, figsize=(13, 3.2), layout="constrained")
+    difference = walk.decoded.astype(int) - walk.image
+    shown = (walk.image, walk.decoded, np.clip(128 + 4 * difference, 0, 255))
+    titles = "x", f"x_hat: {psnr(walk.image, walk.decoded):.2f} dB", "four times the error"
+    for axes, picture, title in zip(panels, shown, titles):
+        axes.imshow(picture)
+        axes.set_title(title, fontsize=8)
+        axes.set(xticks=[], yticks=[])
+    save(figure, "error")
+    print(f"x_hat: {psnr(walk.image, walk.decoded):.2f} dB, {len(walk.data)} bytes")
+
+
+# the stages
+
+
+def sensitivity(walk, pyplot):
+    """zeta of each group of dense.pt on crops of the photograph, and alpha for 40 %."""
+    model, _ = load_checkpoint(CHECKPOINTS / "dense.pt")
+    x = crops_of(walk.image)[:6]
+    statistics, J = observe(model, x), mean_loss(model, x)
+    scores = residual(model, statistics)
+
+    def rise(widths):
+        keep = {group: most_important(scores[group], width) for group, width in widths.items()}
+        return (mean_loss(narrow(model, keep, statistics), x) / J - 1).mean().item()
+
+    def share(widths):
+        return search.sparsity(model.config, widths)["both"]
+
+    zeta = search.sensitivities(model.config, rise, report=lambda row: None)
+    alpha, widths, S = search.adaptive_search(zeta, share, 0.4)
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    ends = {}
+    for k, (group, row) in enumerate(zeta.items()):
+        full = model.config["widths"][group]
+        kept = [100 * width / full for width in row]
+        rises = [100 * value for value in row.values()]
+        colour = pyplot.colormaps["tab20"](k)
+        axes.plot(kept, rises, ".-", color=colour, linewidth=1)
+        ends[group] = (kept[-1], rises[-1], colour)
+    axes.axhline(100 * alpha, color="black", linewidth=1)
+    axes.text(101, 100 * alpha, f"alpha = {100 * alpha:.1f} %", va="bottom", fontsize=8)
+    axes.set_yscale("symlog", linthresh=1)
+    axes.set(xlim=(102, 8), xlabel="channels of the group kept, %", ylabel="rise of J, %")
+    axes.grid(alpha=0.3)
+    name_ends(axes, ends)
+    save(figure, "sensitivity")
+    print(f"alpha {alpha:.4f} removes {S:.1%}: "
+          + ", ".join(f"{group} {width}" for group, width in widths.items()))  # fmt: skip
+
+
+def widths(walk, pyplot):
+    dense, pruned = (
+        load_checkpoint(CHECKPOINTS / f"{name}.pt")[0].config for name in ("dense", "pruned")
+    )
+    figure, axes = pyplot.subplots(figsize=(8, 3), layout="constrained")
+    for config, label, style in (
+        (dense, "dense.pt", {"color": "lightgrey"}),
+        (pruned, "pruned.pt", {"width": 0.5}),
+    ):
+        axes.bar(list(config["widths"]), list(config["widths"].values()), label=label, **style)
+    axes.set(ylabel="channels")
+    axes.legend()
+    save(figure, "widths")
+    removed = search.sparsity(dense, pruned["widths"])
+    print(f"removed: {removed['params']:.1%} of the parameters, {removed['macs']:.1%} of the MACs")
+
+
+def fold(walk, pyplot, group="g_a.1"):
+    """The channels of a group that go, and how much of each the others can predict."""
+    model, _ = load_checkpoint(CHECKPOINTS / "dense.pt")
+    kept_width = load_checkpoint(CHECKPOINTS / "pruned.pt")[0].config["widths"][group]
+    statistics = observe(model, crops_of(walk.image))
+    scores = residual(model, statistics)[group]
+    keep = most_important(scores, kept_width)
+    gone = [c for c in range(len(scores)) if c not in set(keep.tolist())]
+    reader = structure.groups()[group].used_by[0]
+    moments = statistics.inputs[reader]
+    B, c = best_prediction(moments, keep, gone)
+    covariance = moments.covariance()
+    left = covariance[gone][:, gone] - B @ covariance[keep][:, gone]  # what B leaves unexplained
+    explained = 1 - left.diagonal() / covariance.diagonal()[gone]
+    v = layer_inputs(model, walk.x, [reader], lambda v: v[0])[reader][0]  # (C, H'/2, W'/2)
+    v = v[:, : walk.image.shape[0] // 2, : walk.image.shape[1] // 2]  # without the padding
+    example = int((explained - explained.median()).abs().argmin())
+    truth = v[gone[example]]
+    predicted = torch.einsum("k,khw->hw", B[example].float(), v[keep]) + c[example].float()
+    figure, panels = pyplot.subplots(1, 3, figsize=(13, 3), layout="constrained")
+    panels[0].bar(range(len(gone)), 100 * explained.sort(descending=True).values, width=1)
+    panels[0].set(xlabel=f"channel of {group} that goes, sorted", ylabel="predicted, % of variance")
+    limit = (truth - truth.mean()).abs().max()
+    grey(panels[1], truth - truth.mean(), f"channel {gone[example]}, which goes", limit)
+    title = f"what the {len(keep)} that stay predict: {explained[example]:.1%}"
+    grey(panels[2], predicted - truth.mean(), title, limit)
+    save(figure, "fold")
+    print(f"{group}: {len(gone)} of {len(scores)} go; predicted by the others: "
+          f"{explained.min():.1%} to {explained.max():.1%}, median {explained.median():.1%}")  # fmt: skip
+
+
+def rounding(walk, pyplot, name="g_a.conv2"):
+    """Weights of one kernel by both roundings; the error of each layer's output."""
+    model, _ = load_checkpoint(CHECKPOINTS / "pruned.pt")
+    x = crops_of(walk.image)
+    equalize(model, x)
+    codec = copy.deepcopy(model)
+    quantize_layers(codec)
+    for layer in input_ranges():
+        codec.get_submodule(layer).input_range = None
+    better = round_weights(codec, patch_moments(codec, x))
+    weight = structure.weight_rows(model.get_submodule(name))[0]
+    scale = largest_scale(weight[None], *WEIGHT)[0]
+    nearest = fake_quantize(weight, scale, *WEIGHT)
+    chosen = structure.weight_rows(codec.get_submodule(name))[0]
+    changed = (nearest / scale).round() != (chosen / scale).round()
+    kernel = changed.view(-1, 25).sum(1).argmax()  # the input channel where most weights differ
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 3.4), layout="constrained")
+    taps = np.arange(25)
+    for values, label, shift in (
+        (nearest, "nearest integers", -0.2),
+        (chosen, "errors cancel", 0.2),
+    ):
+        rounding_error = ((values - weight) / scale).view(-1, 25)[kernel]
+        left.bar(taps + shift, rounding_error, 0.4, label=label)
+    left.set(xlabel=f"tap of a kernel of {name}", ylabel="integer - weight, in steps")
+    left.grid(alpha=0.3)
+    left.legend()
+    gains = {layer: 10 * np.log10(factor) for layer, factor in better.items()}
+    right.barh(list(gains)[::-1], list(gains.values())[::-1])
+    right.set(xlabel="less error in the layer's output than by the nearest integers, dB")
+    save(figure, "rounding")
+    print(f"{name}: {changed.float().mean():.1%} of the first row's weights are not the nearest "
+          f"integer; the output's error falls by {gains[name]:.1f} dB")  # fmt: skip
+
+
+def eight_bits(walk, pyplot):
+    """Rise of J when one layer alone gets 8 bits, not trained."""
+    model, _ = load_checkpoint(CHECKPOINTS / "pruned.pt")
+    x = crops_of(walk.image)
+    equalize(model, x)
+    J, scales = mean_loss(model, x), input_scales(model, x)
+
+    def rise(codec):
+        return 100 * (mean_loss(codec, x) / J - 1).mean().item()
+
+    layers = list(input_ranges())
+    of_weights = [rise(with_nearest_weights(model, [name])) for name in layers]
+    of_inputs = [
+        rise(with_rounded_inputs(model, scales, [name])) if name in eight_bit_inputs() else 0
+        for name in layers
+    ]
+    figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
+    rows = np.arange(len(layers))
+    axes.barh(rows - 0.2, of_weights, 0.4, label="its weights, nearest integers")
+    axes.barh(rows + 0.2, of_inputs, 0.4, label="its input")
+    axes.set(yticks=rows, yticklabels=layers, xlabel="rise of J, %")
+    axes.invert_yaxis()
+    axes.grid(alpha=0.3, axis="x")
+    axes.legend()
+    save(figure, "eight_bits")
+    worst = layers[int(np.argmax(of_inputs))]
+    print(f"dearest input: {worst}, J {max(of_inputs):+.2f} %; all others together "
+          f"{sum(of_inputs) - max(of_inputs):+.2f} %")  # fmt: skip
+
+
+def crops(walk, pyplot, top=190, left=230, side=200):
+    """The same crop by the three codecs, in as many bytes."""
+    size = len(lic.load(CHECKPOINTS / "quantized.pt").encode(walk.image, 1))
+    box = np.s_[top : top + side, left : left + side]
+    pictures, captions = [walk.image[box]], ["original"]
+    for name in ("dense", "pruned", "quantized"):
+        coder = lic.load(CHECKPOINTS / f"{name}.pt")
+        qualities = [step / 64 for step in range(0, 2 * 64 + 1)]
+        low, high = 0, len(qualities) - 1  # the best file of no more bytes
+        while low < high:
+            middle = (low + high + 1) // 2
+            if len(coder.encode(walk.image, qualities[middle])) <= size:
+                low = middle
+            else:
+                high = middle - 1
+        data = coder.encode(walk.image, qualities[low])
+        decoded = coder.decode(data)
+        pictures.append(decoded[box])
+        captions.append(f"{name}.pt\n{len(data):,} bytes, {psnr(walk.image, decoded):.2f} dB")
+        print(captions[-1].replace("\n", ": "))
+    write_bytes(FOLDER / "crops.png", png_bytes(beside(pictures, captions)))
+
+
+# results
+
+
+def results(walk, pyplot):
+    """The curves of docs/results.json and of docs/effort.json, which evaluate.py measured."""
+    measured = json.loads((ROOT / "docs/results.json").read_text())
+    searched = json.loads((ROOT / "docs/effort.json").read_text())
+    published = json.loads((ROOT / "docs/kodak_published.json").read_text())["curves"]
+    ours = {Path(c["path"]).stem: points(c["levels"]) for c in measured["checkpoints"]}
+    del ours["control"]
+    for codec in searched["checkpoints"]:
+        if Path(codec["path"]).stem == "quantized" and codec["effort"]:
+            name = f"quantized, --effort {codec['effort']}"
+            ours[name] = points(codec["levels"])
+    mean_scale = published["compressai mbt2018-mean"]
+    others = {
+        "AVIF": points(measured["classical"]["avif"]),
+        "CompressAI mbt2018-mean": list(zip(mean_scale["bpp"], mean_scale["psnr"])),
+    }
+    plot_rate_distortion(FOLDER / "rate_distortion.png", ours, others)
+
+
+def plans(walk, pyplot):
+    """What was removed, and what is left to do, against what it cost: docs/plans.json."""
+    tuned = json.loads((ROOT / "docs/plans.json").read_text())["plans"]
+    figure, panels = pyplot.subplots(1, 2, figsize=(11, 3.8), layout="constrained", sharey=True)
+    for axes, key, label in (
+        (panels[0], "parameters", "parameters, millions"),
+        (panels[1], "decode_seconds", "milliseconds to decode 768x512"),
+    ):
+        for k, plan in enumerate(tuned):
+            value = plan[key] / 1e6 if key == "parameters" else plan[key] * 1e3
+            axes.plot(value, plan["bd_rate_percent"], "o", color=f"C{k}")
+            axes.annotate(plan["name"], (value, plan["bd_rate_percent"]), (5, 5),
+                          textcoords="offset points", fontsize=8)  # fmt: skip
+        axes.axhline(0, color="grey", linewidth=0.5)
+        axes.set(xlabel=label)
+        axes.grid(alpha=0.3)
+        axes.margins(x=0.2, y=0.15)
+    panels[0].set(ylabel="BD-rate against the control, %")
+    save(figure, "plans")
+
+
+# the encoder's search
+
+
+def effort_curves(walk, pyplot):
+    """J by step, by annealing and by rounding straight through; where the bits went."""
+    walk.coder.model.requires_grad_(False)
+    searches = {
+        name: Search(walk.coder, walk.image, walk.level)
+        for name in ("annealing", "straight through")
+    }
+    before = searches["annealing"].y_bits.sum(0)
+    searches["annealing"].run(trace=True)
+    with mock.patch.object(effort, "annealed", straight_through):
+        searches["straight through"].run(trace=True)
+    figure, axes = pyplot.subplots(figsize=(7, 3.5), layout="constrained")
+    for name, found in searches.items():
+        start = found.losses[0]
+        axes.plot([100 * (J / start - 1) for J in found.losses], label=name)
+        print(f"{name:16}  J {start:.4f} -> {found.losses[-1]:.4f}, {STEPS} steps")
+    axes.axhline(0, color="grey", linewidth=0.5)
+    axes.set(xlabel="step", ylabel="J of the rounded latents, % above the start")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    save(figure, "effort_curves")
+
+    found = searches["annealing"]
+    old, new = found.v.round(), found.found.round()
+    print(f"annealing changed {(old != new).sum():,} of {old.numel():,} latents, by at most "
+          f"{(old - new).abs().max():g}; not 0 were {(old != 0).sum():,}, "
+          f"are {(new != 0).sum():,}")  # fmt: skip
+    after = found.y_bits.sum(0)
+    figure, panels = pyplot.subplots(1, 3, figsize=(13, 3), layout="constrained")
+    limit, largest = (after - before).abs().max(), max(before.max(), after.max())
+    for axes, values, title in ((panels[0], before, "before"), (panels[1], after, "after")):
+        axes.imshow(heat(values.numpy(), largest.item()))
+        axes.set_title(f"bits of y {title}: {values.sum() / 8:,.0f} bytes", fontsize=8)
+    drawn = panels[2].imshow(after - before, cmap="coolwarm", vmin=-limit, vmax=limit)
+    panels[2].set_title("the change, bits a block", fontsize=8)
+    figure.colorbar(drawn, ax=panels[2])
+    for axes in panels:
+        axes.set(xticks=[], yticks=[])
+    save(figure, "effort_bits")
+
+
+FIGURES = (latents, steps, hyperprior, bits, table, units, error, sensitivity, widths, fold,
+           rounding, eight_bits, crops, results, plans, effort_curves)  # fmt: skip
+
+
+def main():
+    parser = make_parser(__doc__)
+    names = [function.__name__ for function in FIGURES]
+    parser.add_argument("names", nargs="*", help=f"which (default: all): {' '.join(names)}")
+    args = parser.parse_args()
+    unknown = set(args.names) - set(names)
+    if unknown:
+        raise LicError(f"no figure is called {' '.join(sorted(unknown))}")
+    pyplot = import_pyplot()
+    walk = Walk()
+    for function in FIGURES:
+        if not args.names or function.__name__ in args.names:
+            print(f"\n{function.__name__}")
+            function(walk, pyplot)
+            pyplot.close("all")
+
+
+if __name__ == "__main__":
+    run(main)
