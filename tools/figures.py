@@ -98,7 +98,7 @@ def save(figure, name):
 
 
 def grey(axes, values, title, limit=None):
-    """A channel as a grey picture: 0 in the middle, `limit` white; limit: by default the largest."""
+    """A channel as a grey picture: 0 in the middle, `limit`, by default the largest, white."""
     limit = float(limit or values.abs().max())
     axes.imshow(values, cmap="gray", vmin=-limit, vmax=limit)
     axes.set_title(title, fontsize=8)
@@ -329,8 +329,8 @@ def fold(walk, pyplot, group="g_a.1"):
     title = f"what the {len(keep)} that stay predict: {explained[example]:.1%}"
     grey(panels[2], predicted - truth.mean(), title, limit)
     save(figure, "fold")
-    print(f"{group}: {len(gone)} of {len(scores)} go; predicted by the others: "
-          f"{explained.min():.1%} to {explained.max():.1%}, median {explained.median():.1%}")  # fmt: skip
+    print(f"{group}: {len(gone)} of {len(scores)} go; the others predict {explained.min():.1%} "
+          f"to {explained.max():.1%}, median {explained.median():.1%}")  # fmt: skip
 
 
 def rounding(walk, pyplot, name="g_a.conv2"):
