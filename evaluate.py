@@ -40,7 +40,7 @@ def parse_args():
     add("--data", help="folder of images, searched recursively (default: 4 synthetic images)")
     add("--held-out", action="store_true",
         help="only the images that training with this folder holds out")
-    add("--amp", action="store_true", help="code in bf16: faster on a CPU with AVX-512 bf16")
+    add("--amp", action="store_true", help="code in bf16: faster on some CPUs with AVX-512 bf16")
     add("--effort", type=whole_number, nargs="+", default=[0],
         help="steps of a search for better files, which may take hours; each of several is "
         "measured (default: 0)")

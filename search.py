@@ -64,7 +64,7 @@ def parse_args():
         help="calibration images, at most (default: 16)")
     add("--crop", type=multiple_of(total_stride()), default=256,
         help=f"their side in pixels, a multiple of {total_stride()} (default: 256)")
-    add("--amp", action="store_true", help="bf16 autocast: faster with AVX-512 bf16")
+    add("--amp", action="store_true", help="bf16 autocast: faster on most CPUs with AVX-512 bf16")
     add("--out", default="runs/plan.json", help="plan to write (default: runs/plan.json)")
     add("--overwrite", action="store_true", help="replace OUT")
     # fmt: on

@@ -52,7 +52,7 @@ def parse_args():
         command.add_argument("--max-pixels", type=positive_whole_number, default=MAX_PIXELS,
                              help=f"refuse larger images (default: {MAX_PIXELS})")
         command.add_argument("--amp", action="store_true",
-                             help="bf16: faster on a CPU with AVX-512 bf16")
+                             help="bf16: faster on some CPUs with AVX-512 bf16")
     for command in (compressing, comparing, showing):
         command.add_argument("--quality", type=float,
                              help="rate level, from 0, the smallest file; fractions are allowed "

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, run_script
 
 from lic.codec.checkpoint import load_checkpoint
 
@@ -110,3 +110,11 @@ def test_the_readme_names_files_and_functions_that_exist():
                 assert re.search(defined, source, flags=re.MULTILINE), (page.name, name, function)
                 count += 1
     assert count > 40
+
+
+def test_the_figures_of_the_docs_are_those_of_the_tool(monkeypatch, capsys):
+    assert run_script(monkeypatch, "tools/figures.py", "no_such") == 2
+    assert "no figure is called no_such" in capsys.readouterr().err
+    source = (ROOT / "tools/figures.py").read_text()
+    for path in (ROOT / "docs/figures").iterdir():
+        assert f'"{path.stem}"' in source or f'"{path.name}"' in source, path.name

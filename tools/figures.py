@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 from ablation import with_nearest_weights, with_rounded_inputs
 from effort import STEPS, Search, straight_through
@@ -52,7 +53,6 @@ from lic.shrink.statistics import best_prediction, layer_inputs, observe
 from lic.train import effort
 from lic.train.loss import mean_loss
 
-ROOT = Path(__file__).parent.parent
 FOLDER, CHECKPOINTS = ROOT / "docs/figures", ROOT / "checkpoints"
 PHOTOGRAPH = ROOT / "docs/coffee.png"
 

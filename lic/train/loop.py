@@ -48,7 +48,7 @@ def add_training_arguments(parser, steps, lr, out):
         help=f"side of a crop, pixels, a multiple of {stride} (default: 128)")
     add("--lr", type=positive_number, default=lr, help=f"peak learning rate (default: {lr})")
     add("--amp", action="store_true",
-        help="bf16 autocast: faster with AVX-512 bf16 or on a GPU")
+        help="bf16 autocast: faster on a GPU and on most CPUs with AVX-512 bf16")
     add("--compile", action="store_true",
         help="fuse the kernels of a step: after half a minute much faster on a GPU")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="where to train (default: cpu)")
