@@ -180,11 +180,12 @@ def show(args):
         coloured = heat(enlarged(bits, side)[:height, :width], bits.max())
     captions = (
         f"{Path(args.input).name}, {width}x{height}",
-        f"{bits.sum() / 8:,.0f} bytes\nblack 0, white {bits.max():.0f} bits a block",
+        f"{bits.sum() / 8:,.0f} bytes of y and z\nblack 0, white {bits.max():.0f} bits a block",
     )
     write_bytes(args.output, png_bytes(beside((image, coloured), captions)))
-    print(f"{args.output}: blocks of {side}x{side} take {bits.min():.0f} to {bits.max():.0f} bits, "
-          f"{bits.mean():.1f} on average")  # fmt: skip
+    print(
+        f"{args.output}: a block of {side}x{side} takes {bits.min():.0f} to {bits.max():.0f} bits"
+    )
 
 
 def export(args):

@@ -225,7 +225,7 @@ def test_show_draws_the_bits_beside_the_photograph(tmp_path, monkeypatch, capsys
     output, arguments = tmp_path / "map.png", ["--checkpoint", FOLDER / "codec.pt"]
     show = ["lic/__main__.py", "show", FOLDER / "leaves.png", output, *arguments]
     assert run_script(monkeypatch, *show) == 0
-    assert "blocks of 16x16 take" in capsys.readouterr().out
+    assert "a block of 16x16 takes" in capsys.readouterr().out
     photograph, picture = read_image(FOLDER / "leaves.png"), read_image(output)
     height, width, _ = photograph.shape
     assert np.array_equal(picture[-height:, :width], photograph)

@@ -133,7 +133,7 @@ def steps(walk, pyplot):
     for level, row in enumerate(step[:, order]):
         (line,) = axes.semilogy(row, linewidth=1)
         axes.annotate(f"level {level}", (75, 1.1 * row[75]), color=line.get_color(), fontsize=8)
-    axes.set(xlabel="channel of y, sorted", ylabel="step, in units of g_a's output")
+    axes.set(xlabel="channel of y, sorted by its step at level 2", ylabel="step, in g_a's units")
     axes.grid(alpha=0.3)
     save(figure, "steps")
     middle = step.log().mean(1).exp()
@@ -172,14 +172,13 @@ def bits(walk, pyplot):
     left.set(xticks=[], yticks=[])
     of_channels = np.sort(y_bits.sum((1, 2)))[::-1] / 8
     right.bar(range(len(of_channels)), of_channels, width=1)
-    right.set(xlabel="channel of y, sorted", ylabel="bytes")
+    right.set(xlabel="channel of y, sorted by its bytes", ylabel="bytes")
     save(figure, "bits")
     shares = np.cumsum(of_channels) / of_channels.sum()
     print(f"bytes: file {len(walk.data)}, y {y_bits.sum() / 8:.0f}, z {z_bits.sum() / 8:.0f}")
     print(f"half of y's bytes are in {np.argmax(shares >= 0.5) + 1} channels, nine tenths in "
           f"{np.argmax(shares >= 0.9) + 1} of {len(shares)}")  # fmt: skip
-    print(f"a block of {side}x{side}: {blocks.min():.0f} to {blocks.max():.0f} bits, "
-          f"{blocks.mean():.1f} on average")  # fmt: skip
+    print(f"a block of {side}x{side}: {blocks.min():.0f} to {blocks.max():.0f} bits")
 
 
 def table(walk, pyplot):
@@ -277,7 +276,11 @@ def sensitivity(walk, pyplot):
     axes.axhline(100 * alpha, color="black", linewidth=1)
     axes.text(101, 100 * alpha, f"alpha = {100 * alpha:.1f} %", va="bottom", fontsize=8)
     axes.set_yscale("symlog", linthresh=1)
-    axes.set(xlim=(102, 8), xlabel="channels of the group kept, %", ylabel="rise of J, %")
+    axes.set(
+        xlim=(102, 8),
+        xlabel="channels of the group kept, %: fewer to the right",
+        ylabel="rise of J, %, logarithmic above 1",
+    )
     axes.grid(alpha=0.3)
     name_ends(axes, ends)
     save(figure, "sensitivity")
@@ -430,16 +433,12 @@ def results(walk, pyplot):
     searched = json.loads((ROOT / "docs/effort.json").read_text())
     published = json.loads((ROOT / "docs/kodak_published.json").read_text())["curves"]
     ours = {Path(c["path"]).stem: points(c["levels"]) for c in measured["checkpoints"]}
-    del ours["control"]
     for codec in searched["checkpoints"]:
         if Path(codec["path"]).stem == "quantized" and codec["effort"]:
             name = f"quantized, --effort {codec['effort']}"
             ours[name] = points(codec["levels"])
     mean_scale = published["compressai mbt2018-mean"]
-    others = {
-        "AVIF": points(measured["classical"]["avif"]),
-        "CompressAI mbt2018-mean": list(zip(mean_scale["bpp"], mean_scale["psnr"])),
-    }
+    others = {"CompressAI mbt2018-mean": list(zip(mean_scale["bpp"], mean_scale["psnr"]))}
     plot_rate_distortion(FOLDER / "rate_distortion.png", ours, others)
 
 
