@@ -31,6 +31,7 @@ def run(folder, *command):
 def copy_of_the_code(folder):
     shutil.copytree(ROOT / "lic", folder / "lic", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "train.py", folder)
+    shutil.copytree(EXERCISES, folder / "docs" / "exercises")
 
 
 def sources(folder):
@@ -71,6 +72,11 @@ def test_without_a_hyperprior_there_are_no_hyper_networks_and_no_bits_of_z(tmp_p
         "g_a", "g_s", "prior_y", "log_gain", "log_inverse_gain"
     }  # fmt: skip
     assert sum(tensor.numel() for tensor in state.values()) == 193_027
+    for row in run(tmp_path, sys.executable, "docs/exercises/rates.py", "dense.pt").splitlines()[
+        1:
+    ]:
+        _, J, z, y, odd, even, _ = map(float, row.split())
+        assert z == 0 and 0 < y < J and odd + even == pytest.approx(y, abs=2e-4)
     # a file has the bits that the prior says and holds the picture that g_s makes
     run(
         tmp_path,
