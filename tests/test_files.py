@@ -18,7 +18,8 @@ from lic import files, program
 from lic.codec.checkpoint import load_checkpoint, save_checkpoint
 from lic.codec.tables import build_tables
 from lic.files import LicError, write_bytes
-from lic.images import dead_leaves, find_images, load_images, random_crops, read_image
+from lic.images import dead_leaves, find_images, random_crops, read_image, to_tensor
+from lic.photographs import load_images
 
 
 def save_image(path, array, **options):
@@ -203,10 +204,7 @@ def test_a_bad_number_is_told_what_it_should_be(option, value, what, monkeypatch
 
 def test_crops_are_pieces_of_the_images_determined_by_the_generator():
     images = [dead_leaves(seed, 64) for seed in range(2)]
-    a, b = (
-        random_crops([torch.from_numpy(image) for image in images], 4, 32, np.random.default_rng(5))
-        for _ in range(2)
-    )
+    a, b = (to_tensor(random_crops(images, 4, 32, np.random.default_rng(5))) for _ in range(2))
     assert (
         torch.equal(a, b)
         and a.shape == (4, 3, 32, 32)
