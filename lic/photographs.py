@@ -184,50 +184,62 @@ def read_index(raw, folder):
 
 
 def add(index, raw, folder, paths):
-    """Decode what of `paths`, {name: path}, the index lacks; write both files.
+    """Decode what of `paths`, {name: path}, the index lacks, and write both files.
 
-    Returns the index with all that can be read and nothing else, and {name: why it cannot}. After
-    an error the files are as before.
+    Returns the index of all that could be read, and {name: why it could not}. After an error the
+    files are as before.
     """
     new = unread(index, paths)
+    if not new:
+        return index, {}
     end = max((entry.end for entry in index.values()), default=0)
     check_space(list(new.values()), raw.parent)
-    if not index:  # a leftover, which an older run may have mapped
+    if not index:  # what is there is a leftover, which an older run may have mapped
         raw.unlink(missing_ok=True)
-    index = {name: entry for name, entry in index.items() if name in paths and name not in new}
-    faults, before, printed = {}, end, time.monotonic()
+    kept = {name: entry for name, entry in index.items() if name in paths and name not in new}
     print(f"decoding {len(new)} images into {raw}", flush=True)
+    try:
+        added, faults = append(raw, end, new)
+        if added:  # else the end of the file could move back, below what another run has mapped
+            write_index(raw, folder, kept | added)
+    except BaseException:
+        cut_off(raw, end)
+        raise
+    if not added:
+        cut_off(raw, end)
+    return kept | added, faults
+
+
+def append(raw, end, paths):
+    """Decode images and write their pixels from `end` on.
+
+    Returns {name: Entry} and {name: why it could not be read} of `paths`, {name: path}.
+    """
+    added, faults, printed = {}, {}, time.monotonic()
     try:
         with open(raw, "ab") as file:
             file.truncate(end)
-            for name, (image, entry, fault) in zip(new, decoded(new.values())):
+            for name, (image, entry, fault) in zip(paths, decoded(paths.values())):
                 if fault:
                     faults[name] = fault
                     continue
                 file.write(image)
-                index[name] = entry._replace(offset=end)
-                end = index[name].end
+                added[name] = entry._replace(offset=end)
+                end = added[name].end
                 if time.monotonic() - printed > 10:
                     printed = time.monotonic()
-                    print(f"decoded {len(index)} of {len(paths)} images", flush=True)
+                    print(f"decoded {len(added)} of {len(paths)} images", flush=True)
             file.flush()
             os.fsync(file.fileno())
-        if index:
-            write_index(raw, folder, index)
-    except BaseException as error:
-        cut_off(raw, before)
-        if isinstance(error, OSError):
-            raise LicError(
-                f"cannot write {raw}: {error.strerror}; choose another folder with --cache"
-            ) from error
-        if isinstance(error, BrokenProcessPool):
-            raise LicError(
-                "a process that decodes photographs has ended, perhaps for lack of memory"
-            ) from error
-        raise
-    if end == before:  # nothing could be read
-        cut_off(raw, before)
-    return index, faults
+    except OSError as error:
+        raise LicError(
+            f"cannot write {raw}: {error.strerror}; choose another folder with --cache"
+        ) from error
+    except BrokenProcessPool as error:
+        raise LicError(
+            "a process that decodes images has ended, perhaps for lack of memory"
+        ) from error
+    return added, faults
 
 
 def cut_off(raw, end):
