@@ -6,6 +6,7 @@ last bit on a CPU with as many threads (a GPU adds up in no fixed order): state.
 """
 
 import hashlib
+import math
 import shlex
 import signal
 import time
@@ -184,11 +185,11 @@ def fit(model, train, held_out, args, origin=None):
                 progress.update(loss=loss, bpp_y=y_bpp.mean(), bpp_z=z_bpp.mean(), psnr=psnr.mean())
 
             done = step + 1
-            # of the step before: this one's a GPU would have to be waited for
-            before, latest = latest, (step, loss.detach(), norm, interrupted)
-            stopping = before is not None and must_stop(*before, state)
+            # of the step before: for this one's a GPU would have to be waited for
+            before, latest = latest, Outcome(step, loss.detach(), norm, interrupted)
+            stopping = before is not None and before.must_stop(state)
             if stopping or done == args.steps or done % args.save_every == 0:
-                stopping = must_stop(*latest, state) or stopping
+                stopping = latest.must_stop(state) or stopping
                 if rank() == 0:
                     J = mean_loss(model, held_out, args.amp)
                     if not J.isfinite().all():  # nor do these weights replace the last save
@@ -208,14 +209,27 @@ def fit(model, train, held_out, args, origin=None):
     return last
 
 
-def must_stop(step, loss, norm, interrupted, state):
-    """Was the run interrupted in that step? Raises LicError if the step has spoilt the weights."""
-    if not torch.isfinite(norm):  # the last save is not spoilt
-        raise LicError(
-            f"at step {step} the loss is {loss.item()} and its gradient's norm "
-            f"{norm.item()}; {remedy_for_spoilt_weights(state)}"
-        )
-    return bool(interrupted)
+class Outcome:
+    """What a step tells of itself, on its way from the GPU, if there is one, while others run."""
+
+    def __init__(self, step, loss, norm, interrupted):
+        figures = torch.stack([loss, norm, interrupted])
+        self.step, self.figures = step, figures.to("cpu", non_blocking=True)
+        self.arrival = torch.cuda.Event() if figures.is_cuda else None
+        if self.arrival:
+            self.arrival.record()
+
+    def must_stop(self, state):
+        """Was any process interrupted? Raises LicError if the step has spoilt the weights."""
+        if self.arrival:
+            self.arrival.synchronize()
+        loss, norm, interrupted = self.figures.tolist()
+        if not math.isfinite(norm):  # the last save is not spoilt
+            raise LicError(
+                f"at step {self.step} the loss is {loss} and its gradient's norm {norm}; "
+                f"{remedy_for_spoilt_weights(state)}"
+            )
+        return interrupted > 0
 
 
 def compiled(model):

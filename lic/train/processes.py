@@ -100,12 +100,12 @@ def same_start(model, step):
 def average_gradients(model, interrupted):
     """Replace each gradient by its mean over the processes.
 
-    Returns whether any of them was interrupted, as a bool or a tensor (1,): all stop together.
+    Returns whether any of them was `interrupted`, so that all stop together: a tensor (), 0 if not.
     """
-    if count() == 1:
-        return bool(interrupted)
     names, parameters = zip(*model.named_parameters())
     flag = parameters[0].new_full((1,), bool(interrupted))
+    if count() == 1:
+        return flag[0]
     flat = torch.cat([p.grad.flatten() for p in parameters] + [flag])
     with nobody_lost():
         distributed.all_reduce(flat)
@@ -115,7 +115,7 @@ def average_gradients(model, interrupted):
         if name.endswith("input_scale"):  # eight_bits.quantized_input divides by sqrt(images)
             gradient /= count() ** 0.5
         parameter.grad = gradient.view(parameter.shape)
-    return flag
+    return flag[0]
 
 
 def wait_for_all():
