@@ -191,16 +191,7 @@ def fit(model, train, held_out, args, origin=None):
             if stopping or done == args.steps or done % args.save_every == 0:
                 stopping = latest.must_stop(state) or stopping
                 if rank() == 0:
-                    J = mean_loss(model, held_out, args.amp)
-                    if not J.isfinite().all():  # nor do these weights replace the last save
-                        raise LicError(
-                            f"after step {done} held-out J is not finite; "
-                            f"{remedy_for_spoilt_weights(state)}"
-                        )
-                    save_state(state, model, optimizer, done, settings, vars(args))
-                    print(
-                        f"saved {state}  held-out J a level:", *(f"{v:.4f}" for v in J), flush=True
-                    )
+                    save(model, optimizer, held_out, done, settings, args)
                 wait_for_all()
             if stopping:
                 raise Interrupted(f"interrupted after step {done}; go on with --resume")
@@ -209,8 +200,19 @@ def fit(model, train, held_out, args, origin=None):
     return last
 
 
+def save(model, optimizer, held_out, done, settings, args):
+    """Write OUT.state, unless held-out J, which is printed, shows that the weights are spoilt."""
+    state, J = state_path(args.out), mean_loss(model, held_out, args.amp)
+    if not J.isfinite().all():
+        raise LicError(
+            f"after step {done} held-out J is not finite; {remedy_for_spoilt_weights(state)}"
+        )
+    save_state(state, model, optimizer, done, settings, vars(args))
+    print(f"saved {state}  held-out J a level:", *(f"{v:.4f}" for v in J), flush=True)
+
+
 class Outcome:
-    """What a step tells of itself, on its way from the GPU, if there is one, while others run."""
+    """What a step tells of itself, on its way from a GPU while the next step runs."""
 
     def __init__(self, step, loss, norm, interrupted):
         figures = torch.stack([loss, norm, interrupted])

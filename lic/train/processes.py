@@ -55,6 +55,7 @@ def meet():
         return
     if rank() > 0:
         sys.stdout = PatientLog(None)
+    print(f"waiting until all {count()} processes are here", flush=True)
     # torch waits where no handler of Python's is run
     handlers = {n: signal.signal(n, signal.SIG_DFL) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -112,7 +113,7 @@ def average_gradients(model, interrupted):
     flat /= count()
     *gradients, flag = flat.split([p.numel() for p in parameters] + [1])
     for name, parameter, gradient in zip(names, parameters, gradients):
-        if name.endswith("input_scale"):  # eight_bits.quantized_input divides by sqrt(images)
+        if name.endswith("input_scale"):  # the root of the share's size is in it: eight_bits.py
             gradient /= count() ** 0.5
         parameter.grad = gradient.view(parameter.shape)
     return flag[0]

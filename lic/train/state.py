@@ -60,7 +60,7 @@ def parse_training_args(parser):
     Raises LicError for options that cannot go together.
     """
     args = parser.parse_args()
-    if rank() > 0:
+    if rank() > 0:  # what is wrong from here on the first process says
         meet()
     if args.finish and not args.resume:
         raise LicError("--finish ends a run that was stopped: give --resume, too")
