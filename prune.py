@@ -30,6 +30,7 @@ from lic.train.loop import (
     images_for,
 )
 from lic.train.loss import mean_loss
+from lic.train.processes import rank
 from lic.train.state import check_out, parse_training_args
 
 
@@ -82,6 +83,8 @@ def main():
         recorded = ("method", "importance", "target", "of", "alpha", "ratio", "widths", "sparsity")
         metrics["plan"] = {key: plan[key] for key in recorded} | {"J_cut": J_cut}
     steps = fit(model, train, held_out, args, origin=[meta["fingerprint"], plan and plan["keep"]])
+    if rank() > 0:  # of several processes the first writes what all have found
+        return
     metrics["held_out_J_tuned"] = mean_loss(model, held_out).tolist()
 
     for name, J in metrics.items():

@@ -23,6 +23,7 @@ from lic.shrink.quantization import equalize, input_scales
 from lic.shrink.rounding import patch_moments, round_weights
 from lic.train.loop import HELD_OUT_CROPS, add_training_arguments, fit, images_for
 from lic.train.loss import mean_loss
+from lic.train.processes import rank
 from lic.train.state import check_out, parse_training_args
 
 
@@ -60,6 +61,8 @@ def main():
     if args.steps or args.resume:
         steps = fit(model, train, held_out, args, origin=[meta["fingerprint"], args.calibration])
         metrics["held_out_J_tuned"] = mean_loss(model, held_out).tolist()
+    if rank() > 0:  # of several processes the first writes what all have found
+        return
     round_weights(model, patch_moments(model, calibration))
     metrics["held_out_J"] = mean_loss(model, held_out).tolist()
     freeze_h_s(model)

@@ -9,6 +9,7 @@ parameters (or multiply-accumulates, or time) is gone, and writes plan.json for 
 
 import lic.interrupt  # first: from here on Ctrl-C is a word
 
+import copy
 import functools
 import time
 
@@ -34,6 +35,7 @@ from lic.shrink.statistics import observe
 from lic.shrink.timing import milliseconds, time_layers
 from lic.train.loop import add_image_arguments, data_option, images_for
 from lic.train.loss import mean_loss
+from lic.train.processes import choose_gpu
 
 
 def parse_args():
@@ -65,6 +67,8 @@ def parse_args():
     add("--crop", type=multiple_of(total_stride()), default=256,
         help=f"their side in pixels, a multiple of {total_stride()} (default: 256)")
     add("--amp", action="store_true", help="bf16 autocast: faster on most CPUs with AVX-512 bf16")
+    add("--device", choices=("cpu", "cuda"), default="cpu",
+        help="where J of each plan is computed; on a GPU untried (default: cpu)")
     add("--out", default="runs/plan.json", help="plan to write (default: runs/plan.json)")
     add("--overwrite", action="store_true", help="replace OUT")
     # fmt: on
@@ -86,13 +90,16 @@ def earlier_sensitivities(path, fingerprint, measure):
 
 
 class Cutter:
-    """Narrows one codec to any widths and measures what that costs on the crops x (B, 3, H, W)."""
+    """Narrows one codec to any widths and measures what that costs on the crops x (B, 3, H, W).
 
-    def __init__(self, model, x, measure, amp):
-        self.model, self.x, self.amp = model, x, amp
+    The codec is narrowed on the CPU; J is computed on the device.
+    """
+
+    def __init__(self, model, x, measure, amp, device):
+        self.model, self.x, self.amp = model, x.to(device), amp
         self.statistics = observe(model, x)
         self.scores = importance(model, self.statistics, measure)
-        self.J = mean_loss(model, x, amp)  # (levels,)
+        self.J = mean_loss(copy.deepcopy(model).to(device), self.x, amp)  # (levels,)
 
     def kept(self, widths):
         """{group: indices of its most important channels}."""
@@ -101,7 +108,7 @@ class Cutter:
     def loss(self, widths, fold=True):
         """J of each level, (levels,), when the groups in `widths` are narrowed."""
         narrowed = narrow(self.model, self.kept(widths), self.statistics if fold else None)
-        return mean_loss(narrowed, self.x, self.amp)
+        return mean_loss(narrowed.to(self.x.device), self.x, self.amp)
 
     def rise(self, widths):
         """The same relative to the whole codec's, mean over the levels."""
@@ -112,14 +119,16 @@ def main():
     args = parse_args()
     inputs = [name for name in (args.checkpoint, args.sensitivities) if name]
     claim_output(args.out, ".json", args.overwrite, inputs)
-    if args.amp:
+    if args.device == "cuda":
+        choose_gpu()
+    elif args.amp:
         warn_of_slow_bf16()
     start = time.monotonic()
     model, meta = load_checkpoint(args.checkpoint, stages=FLOAT_STAGES)
     config = model.config
     train, _ = images_for(args, meta)
     x = fixed_crops(train, args.crops, args.crop)  # (crops, 3, crop, crop)
-    cutter = Cutter(model, x, args.importance, args.amp)
+    cutter = Cutter(model, x, args.importance, args.amp, args.device)
 
     timing, cost = None, None
     if args.of == "time":

@@ -28,6 +28,7 @@ from lic.train.loop import (
     images_for,
 )
 from lic.train.loss import mean_loss
+from lic.train.processes import rank
 from lic.train.state import check_out, parse_training_args
 
 
@@ -72,6 +73,8 @@ def main():
         f"{args.steps} steps of {args.batch} crops of {args.crop}x{args.crop}"
     )
     steps = fit(model, train, held_out, args, origin=parent and parent["fingerprint"])
+    if rank() > 0:  # of several processes the first writes what all have found
+        return
 
     metrics = {"held_out_J": mean_loss(model, held_out).tolist()}
     print("held_out_J", *(f"{v:.4f}" for v in metrics["held_out_J"]))

@@ -93,9 +93,16 @@ def check_writable(path):
 HELD = {}  # {path of a lock file: the open file}
 
 
-def hold(path):
-    """Lock `path` against other runs until `release_outputs`, or the end of this process."""
-    lock = path.parent / f".{path.name}.lock"
+def lock_of(path):
+    return path.parent / f".{path.name}.lock"
+
+
+def hold(path, wait=False):
+    """Lock `path` against other runs until it is released, or the end of this process.
+
+    If another run holds it: wait for that one, or raise LicError.
+    """
+    lock = lock_of(path)
     if fcntl is None or lock in HELD:
         return
     while True:
@@ -103,10 +110,13 @@ def hold(path):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            file.close()
-            raise LicError(
-                f"another run is writing {path}; wait for it, or choose another output"
-            ) from error
+            if not wait:
+                file.close()
+                raise LicError(
+                    f"another run is writing {path}; wait for it, or choose another output"
+                ) from error
+            print(f"waiting for another run, which is writing {path}", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
         except OSError:  # a file system without locks
             file.close()
             lock.unlink(missing_ok=True)
@@ -115,6 +125,14 @@ def hold(path):
             break  # or else the other run has just removed it
         file.close()
     HELD[lock] = file
+
+
+def release(path):
+    """Let other runs hold `path`."""
+    file = HELD.pop(lock_of(path), None)
+    if file:
+        lock_of(path).unlink(missing_ok=True)
+        file.close()
 
 
 def release_outputs():

@@ -1,8 +1,8 @@
 """Photographs in, crops out; and "dead leaves" where there are no photographs.
 
-An image is a NumPy array (H, W, 3), uint8, RGB. Photographs are decoded once and cropped from
-memory. One in sixteen is held out for validation: which, its pixels decide, so that a photograph is
-on the same side for ever, whatever else is in its folder.
+An image is a NumPy array (H, W, 3), uint8, RGB. One in sixteen is held out for validation: which,
+its pixels decide, so that a photograph is on the same side for ever, whatever else is in its
+folder. photographs.py decodes a folder once for all runs.
 
 Dead leaves: overlapping textured discs whose radii follow a power law have the scale
 invariance and the edges of natural images (Lee, Mumford, Huang, "Occlusion models for
@@ -10,6 +10,7 @@ natural images", IJCV 2001).
 """
 
 import hashlib
+import itertools
 import os
 from contextlib import contextmanager
 from pathlib import Path
@@ -179,21 +180,30 @@ def find_images(folder):
 
 
 def read_images(paths, crop=0):
-    """The images; raises LicError that names all those that cannot be read or hold no crop."""
+    """Images; raises LicError that names all those that cannot be read or hold no crop."""
     images, faults = [], []
     for path in paths:
         try:
             image = read_image(path)
-            height, width = image.shape[:2]
-            if min(height, width) < crop:
-                raise LicError(f"{path} is {width}x{height}, smaller than the crop of {crop}")
+            check_size(path, *image.shape[:2], crop)
             images.append(image)
         except LicError as error:
             faults.append(str(error))
     if faults:
-        more = f"; and {len(faults) - 20} more" if len(faults) > 20 else ""
-        raise LicError("; ".join(faults[:20]) + more + ": leave such images out")
-    return images
+        raise LicError(f"{in_words(faults)}: leave such images out")
+    return Images(images)
+
+
+def check_size(path, height, width, crop):
+    """Raise LicError for an image that holds no square of crop x crop pixels."""
+    if min(height, width) < crop:
+        raise LicError(f"{path} is {width}x{height}, smaller than the crop of {crop}")
+
+
+def in_words(faults):
+    """The first twenty of many sentences, and how many more there are."""
+    more = f"; and {len(faults) - 20} more" if len(faults) > 20 else ""
+    return "; ".join(faults[:20]) + more
 
 
 def digest(image):
@@ -201,18 +211,33 @@ def digest(image):
     return hashlib.sha256(str(image.shape).encode() + image.tobytes()).digest()
 
 
+class Images(list):
+    """A list of (H, W, 3) uint8, and `digests`, that of each: computed here if they are not given.
+
+    So what asks for the digests of many photographs need not read their pixels again.
+    """
+
+    def __init__(self, images, digests=None):
+        super().__init__(images)
+        self.digests = [digest(image) for image in self] if digests is None else list(digests)
+
+    def where(self, chosen):
+        """Those for which `chosen`, a list of bool, is true."""
+        digests = itertools.compress(self.digests, chosen)
+        return Images(itertools.compress(self, chosen), digests)
+
+
 def split(images):
-    """Training and validation images, two lists.
+    """Training and validation images, two Images.
 
     One in sixteen is held out, by its digest; if that is none, the one with the least digest. A
     single image is both.
     """
-    digests = [digest(image) for image in images]
-    held_out = [d[0] % HELD_OUT == 0 for d in digests]
+    held_out = [d[0] % HELD_OUT == 0 for d in images.digests]
     if not any(held_out):
-        held_out[digests.index(min(digests))] = True
-    train = [image for image, held in zip(images, held_out) if not held]
-    validation = [image for image, held in zip(images, held_out) if held]
+        held_out[images.digests.index(min(images.digests))] = True
+    validation = images.where(held_out)
+    train = images.where([not held for held in held_out])
     return train or validation, validation
 
 
@@ -239,43 +264,28 @@ def dead_leaves(seed, size=256):
     return np.rint(image.clip(0, 255)).astype(np.uint8)
 
 
-def load_images(data, crop, validation=None):
-    """Training and validation images: two lists of (H, W, 3) uint8.
-
-    data: a folder, or None for 24 synthetic images, two of them for validation. validation: another
-    folder, which then is held out in the place of one image in sixteen. Every image must hold a
-    crop x crop square.
-    """
-    if data is None:
-        images = [dead_leaves(seed) for seed in range(24)]
-        if crop > images[0].shape[0]:
-            raise LicError(f"--crop {crop}: the synthetic images have 256 pixels a side")
-        held_out = images[::HELD_OUT]
-        return [image for i, image in enumerate(images) if i % HELD_OUT], held_out
-    images = read_images(find_images(data), crop)
-    if validation is None:
-        return split(images)
-    return images, read_images(find_images(validation), crop)
-
-
 def to_tensor(images):
     """Equally large images, list of (H, W, 3) uint8 -> (B, 3, H, W) in [0, 1], channels_last."""
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
+    return in_unit_range(torch.from_numpy(np.stack(images)))
+
+
+def in_unit_range(pixels):
+    """(B, H, W, 3) uint8 -> (B, 3, H, W) in [0, 1], channels_last."""
+    return pixels.permute(0, 3, 1, 2).float() / 255
 
 
 def random_crops(images, batch, crop, rng):
-    """Random squares of crop pixels, half of them mirrored: (batch, 3, crop, crop) in [0, 1].
+    """Random squares of crop pixels, half of them mirrored: list of (crop, crop, 3) uint8.
 
-    images: list of (H, W, 3) uint8 tensors, all on the device where the crops are wanted. The
-    result is channels_last.
+    They are views of the images: no pixel is read yet.
     """
     crops = []
     for index in rng.integers(len(images), size=batch):
         height, width, _ = images[index].shape
         top, left = rng.integers(height - crop + 1), rng.integers(width - crop + 1)
         square = images[index][top : top + crop, left : left + crop]
-        crops.append(square.flip(1) if rng.random() < 0.5 else square)
-    return torch.stack(crops).permute(0, 3, 1, 2).float() / 255
+        crops.append(square[:, ::-1] if rng.random() < 0.5 else square)
+    return crops
 
 
 def fixed_crops(images, count, crop):

@@ -19,13 +19,14 @@ from lic.codec.checkpoint import load_checkpoint, save_checkpoint
 from lic.codec.tables import build_tables
 from lic.files import LicError, claim_output, release_outputs, write_bytes
 from lic.images import (
+    Images,
     dead_leaves,
     find_images,
-    load_images,
     read_image,
     read_images,
     split,
 )
+from lic.photographs import load_images
 from lic.shrink.plan import load_plan, save_plan
 from lic.train.state import load_state, read_state, save_state
 
@@ -171,11 +172,11 @@ def test_hidden_folders_are_left_out_links_followed_once_and_the_rest_counted(tm
 
 def test_a_photograph_is_on_one_side_for_ever():
     images = [dead_leaves(seed, 64) for seed in range(60)]
-    train, validation = split(images)
+    train, validation = split(Images(images))
     assert len(train) + len(validation) == 60 and 1 <= len(validation) <= 12
     held = {image.tobytes() for image in validation}
     for subset in (images[::-1], images[7:], images[1::2] + images[:10]):
-        some_train, some_validation = split(subset)
+        some_train, some_validation = split(Images(subset))
         if any(image.tobytes() in held for image in subset):
             assert all(image.tobytes() in held for image in some_validation)
             assert not any(image.tobytes() in held for image in some_train)
@@ -561,7 +562,7 @@ def test_a_run_begun_anew_does_not_go_on_from_the_old_one(tmp_path, photos, monk
     def die(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lic.train.loop.random_crops", die)
+    monkeypatch.setattr("lic.train.batches.random_crops", die)
     anew = [*TRAINING, "--data", photos, "--out", out, "--overwrite", "--seed", 5]
     assert run_script(monkeypatch, *anew) == 130
     monkeypatch.undo()

@@ -30,10 +30,11 @@ from lic.codec.eight_bits import (
 )
 from lic.codec.integer import freeze_h_s
 from lic.codec.tables import build_tables
-from lic.images import find_images, fixed_crops, load_images, read_image
+from lic.images import find_images, fixed_crops, read_image
 from lic.measure import crew, measure_levels, points
 from lic.metrics import bd_rate
 from lic.options import make_parser, multiple_of, positive_whole_number
+from lic.photographs import load_images
 from lic.program import run
 from lic.shrink.quantization import equalize, input_scales, largest_scale, sample
 from lic.shrink.rounding import patch_moments, round_weights

@@ -31,7 +31,7 @@ from lic.codec.gdn import GDN
 from lic.codec.integer import IntegerHyperSynthesis
 from lic.codec.model import Codec, preset_config
 from lic.codec.tables import build_tables
-from lic.images import dead_leaves, fixed_crops, random_crops
+from lic.images import dead_leaves, fixed_crops, random_crops, to_tensor
 from lic.measure import best_within
 from lic.program import keep_freed_memory
 from lic.shrink.pruning import narrow
@@ -245,11 +245,11 @@ def training():
 def training_step(preset):
     model = Codec(preset_config(preset)).to(memory_format=torch.channels_last)
     optimizer = Optimizer(model)
-    images = [torch.from_numpy(dead_leaves(seed)) for seed in range(4)]
+    images = [dead_leaves(seed) for seed in range(4)]
     rng = np.random.default_rng(0)
 
     def step(amp, spent):
-        x = random_crops(images, 8, 128, rng)
+        x = to_tensor(random_crops(images, 8, 128, rng))
         with torch.autocast("cpu", torch.bfloat16, enabled=amp):
             out = model(x, torch.zeros(8))
         J, _, _, _ = rate_distortion(out, x, 0.01)
@@ -261,7 +261,7 @@ def training_step(preset):
         whole = median_ms(10, step, amp, spent)
         print(f"training step of {preset}, 8 crops of 128x128, {precision}: {whole:.0f} ms, "
               f"the optimizer {np.median(spent):.0f} ms of it", flush=True)  # fmt: skip
-    crops = median_ms(20, random_crops, images, 8, 128, rng)
+    crops = median_ms(20, lambda: to_tensor(random_crops(images, 8, 128, rng)))
     print(f"the crops of such a step: {crops:.1f} ms")
 
     matrices = []

@@ -22,6 +22,7 @@ from lic.codec.tables import Tables
 from lic.files import UNREADABLE, LicError, read_tensors, write_tensors
 
 FORMAT, VERSION = "lic checkpoint", 2  # version 1 had ReLUs in the hyper networks
+FOLDERS = ("data", "validation", "cache")  # arguments that are not recorded
 FLOAT_STAGES = ("train", "control", "prune")  # the others are quantized
 
 
@@ -60,7 +61,7 @@ def save_checkpoint(path, model, tables, stage, arguments, steps, parent=None, m
         data = Path(arguments["data"]).resolve().name if arguments["data"] else "dead leaves"
     entry = {
         "stage": stage,
-        "arguments": {k: v for k, v in arguments.items() if k not in ("data", "validation")},
+        "arguments": {k: v for k, v in arguments.items() if k not in FOLDERS},
         "steps": steps,
         "data": data,
         "parent": parent["fingerprint"] if parent else None,

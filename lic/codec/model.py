@@ -122,11 +122,12 @@ class Codec(nn.Module):
         inverse_gain = torch.exp(torch.lerp(inverse[low], inverse[high], weight))
         return gain[:, :, None, None], inverse_gain[:, :, None, None]
 
-    def forward(self, x, level):
+    def forward(self, x, level, share=(0, 1)):
         """x (B, 3, H, W), level (B,) -> Output.
 
         The rate counts noisy latents in training mode (differentiable) and rounded ones in eval
         mode: what a file costs, but for escapes and for the 64 scales that the coder knows.
+        share (k, n): x is the k-th of n parts of a batch, all of which draw the noise of the whole.
         """
         gain, inverse_gain = self.gains(level)
         # under autocast the networks return bf16; the rest stays in x's precision
@@ -137,7 +138,9 @@ class Codec(nn.Module):
         y_hat = round_ste(y - mean) + mean
         x_hat = self.g_s(y_hat * inverse_gain).to(x.dtype) + 0.5
 
-        y_coded, z_coded = (add_noise(y), add_noise(z)) if self.training else (y_hat, z_hat)
+        y_coded, z_coded = y_hat, z_hat
+        if self.training:
+            y_coded, z_coded = add_noise(y, share), add_noise(z, share)
         y_bits = self.prior_y.bits(y_coded, mean, log_scale)
         z_bits = self.prior_z.bits(z_coded)
         y_bits = soft_limit(y_bits) if self.training else y_bits.clamp(max=MAX_BITS)

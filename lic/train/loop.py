@@ -6,22 +6,35 @@ last bit on a CPU with as many threads (a GPU adds up in no fixed order): state.
 """
 
 import hashlib
+import math
 import shlex
 import signal
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from lic.codec import structure
 from lic.files import LicError
-from lic.images import digest, load_images, random_crops
+from lic.images import in_unit_range
 from lic.options import multiple_of, positive_number, positive_whole_number, whole_number
+from lic.photographs import load_images
 from lic.program import warn_of_slow_bf16
+from lic.train.batches import batches_of
 from lic.train.loss import level_weights, mean_loss, rate_distortion
 from lic.train.optimizer import Optimizer
+from lic.train.processes import (
+    average_gradients,
+    choose_gpu,
+    count,
+    meet,
+    part,
+    rank,
+    same_start,
+    told_once,
+    wait_for_all,
+)
 from lic.train.schedule import learning_rate
 from lic.train.state import load_state, save_state, state_path
 
@@ -73,14 +86,20 @@ def add_image_arguments(parser):
         help="folder of images, searched recursively (default: synthetic images)")
     source.add_argument("--synthetic", action="store_true",
         help="synthetic images, even for a codec of photographs")
+    parser.add_argument("--cache",
+        help="folder of the file into which photographs are decoded, once for all runs (default: "
+        "that of OUT)")
+    parser.add_argument("--skip-bad", action="store_true",
+        help="leave out images that cannot be read or are smaller than a crop (default: refuse)")
     # fmt: on
 
 
 def images_for(args, parent=None):
-    """Training and validation images, two lists; prints what they are.
+    """Training and validation images, two Images; prints what they are.
 
     parent: meta of the checkpoint that the stage goes on from. Raises LicError if that one was
-    trained on photographs and none are given: to forget --data would spoil it.
+    trained on photographs and none are given: to forget --data would spoil it. Of several processes
+    the others begin when the first has come so far.
     """
     lineage = parent["lineage"] if parent else []
     photographs = {entry["data"] for entry in lineage} - {None, "dead leaves"}
@@ -89,9 +108,11 @@ def images_for(args, parent=None):
             f"{args.checkpoint} was trained on photographs ({', '.join(sorted(photographs))}); "
             "give such with --data, or ask for --synthetic"
         )
-    train, validation = load_images(args.data, args.crop, getattr(args, "validation", None))
+    held_out, cache = getattr(args, "validation", None), args.cache or Path(args.out).parent
+    train, validation = load_images(args.data, args.crop, held_out, cache, args.skip_bad)
     source = args.data or "made here, synthetic"
     print(f"images: {len(train)} to train, {len(validation)} to validate ({source})")
+    meet()
     return train, validation
 
 
@@ -107,7 +128,7 @@ def run_settings(model, train, args, origin):
     return {
         **{key: vars(args)[key] for key in ("steps", "batch", "crop", "lr", "amp", "seed")},
         "data": args.data and Path(args.data).resolve().name,
-        "images": hashlib.sha256(b"".join(map(digest, train))).hexdigest(),
+        "images": hashlib.sha256(b"".join(train.digests)).hexdigest(),
         "config": model.config,
         "quantization": model.quantization,
         "origin": origin,
@@ -118,68 +139,99 @@ def run_settings(model, train, args, origin):
 def fit(model, train, held_out, args, origin=None):
     """Train `model` in place for args.steps steps; args as `add_training_arguments` gives them.
 
-    train: list of (H, W, 3) uint8; held_out: (B, 3, H, W), whose J is printed at each save;
-    origin: what else the weights at step 0 came from, plain values, so that --resume notices
-    another. Saves to OUT.state at intervals, and on Ctrl-C, SIGTERM or SIGHUP before it raises
-    Interrupted.
-    Raises LicError at the first gradient that is not finite. Returns the number of steps done:
-    args.steps, or fewer with --finish.
+    train: Images; held_out: (B, 3, H, W), whose J is printed at each save; origin: what else the
+    weights at step 0 came from, plain values, so that --resume notices another. Saves to OUT.state
+    at intervals, and on Ctrl-C, SIGTERM or SIGHUP before it raises Interrupted.
+    Raises LicError within a step of a gradient that is not finite. Returns the number of steps
+    done: args.steps, or fewer with --finish.
+    Several processes (processes.py) end with the same weights; only the first measures and saves.
     """
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise LicError("--device cuda: this torch sees no GPU; leave the option out")
-    if args.amp and args.device == "cpu":
+    if args.device == "cuda":
+        choose_gpu()
+    if args.amp and args.device == "cpu" and rank() == 0:
         warn_of_slow_bf16()
     settings, state = run_settings(model, train, args, origin), state_path(args.out)
     torch.backends.cudnn.benchmark = True  # the shapes never change
     model.to(args.device, memory_format=torch.channels_last)
     forward = compiled(model) if args.compile else model
-    photographs = [torch.from_numpy(image).to(args.device) for image in train]
     held_out = held_out.to(args.device)
     optimizer = Optimizer(model)
     first = load_state(state, model, optimizer, settings) if args.resume else 0
+    same_start(model, first)
     lambdas = torch.tensor(model.lambdas, device=args.device)
     weights = level_weights(model.lambdas).to(args.device)
-    if not args.resume:  # an older run's state is not what this one goes on from
+    if not args.resume and rank() == 0:  # an older run's state is not what this one goes on from
         Path(state).unlink(missing_ok=True)
     last = first if args.finish else args.steps
-    progress = Progress(args.steps, first)
-    with signals_kept() as interrupted:
-        for step in range(first, last):
-            rng = np.random.default_rng([args.seed, step])
-            torch.manual_seed(int(rng.integers(2**63)))  # the noise
-            x = random_crops(photographs, args.batch, args.crop, rng)  # (B, 3, crop, crop)
-            level = torch.from_numpy(rng.integers(len(lambdas), size=args.batch))  # (B,)
-            level = level.to(args.device, non_blocking=True)
+    share = (rank(), count())
+    batches = batches_of(range(first, last), train, len(lambdas), args, share)
+    progress, latest = Progress(args.steps, first), None
+    with signals_kept() as received, told_once():
+        for step, (noise, pixels, level) in enumerate(batches, first):
+            torch.manual_seed(noise)
+            x = in_unit_range(pixels.to(args.device, non_blocking=True))  # (b, 3, crop, crop)
+            level = level.to(args.device, non_blocking=True)  # (b,)
 
             model.train()
             with torch.autocast(x.device.type, torch.bfloat16, enabled=args.amp):
-                out = forward(x, level.float())
+                out = forward(x, level.float(), share)
             J, y_bpp, z_bpp, mse = rate_distortion(out, x, lambdas[level])
             loss = (weights[level] * J).mean()
             loss.backward()
+            interrupted = average_gradients(model, received)
             norm = optimizer.step(learning_rate(step, args.steps, args.lr))
-            if not torch.isfinite(norm):  # the weights are spoilt, the last save is not
-                raise LicError(
-                    f"at step {step} the loss is {loss.item()} and its gradient's norm "
-                    f"{norm.item()}; {remedy_for_spoilt_weights(state)}"
-                )
             with torch.no_grad():
                 psnr = -10 * torch.log10(mse)
                 progress.update(loss=loss, bpp_y=y_bpp.mean(), bpp_z=z_bpp.mean(), psnr=psnr.mean())
+
             done = step + 1
-            if interrupted or done == args.steps or done % args.save_every == 0:
-                J = mean_loss(model, held_out, args.amp)
-                if not J.isfinite().all():  # nor do these weights replace the last save
-                    raise LicError(
-                        f"after step {done} held-out J is not finite; "
-                        f"{remedy_for_spoilt_weights(state)}"
-                    )
-                save_state(state, model, optimizer, done, settings, vars(args))
-                print(f"saved {state}  held-out J a level:", *(f"{v:.4f}" for v in J), flush=True)
-            if interrupted:
+            # of the step before: for this one's a GPU would have to be waited for
+            before, latest = latest, Outcome(step, loss.detach(), norm, interrupted)
+            stopping = before is not None and before.must_stop(state)
+            if stopping or done == args.steps or done % args.save_every == 0:
+                stopping = latest.must_stop(state) or stopping
+                if rank() == 0:
+                    save(model, optimizer, held_out, done, settings, args)
+                wait_for_all()
+            if stopping:
                 raise Interrupted(f"interrupted after step {done}; go on with --resume")
+    part()
     model.to("cpu").eval()
     return last
+
+
+def save(model, optimizer, held_out, done, settings, args):
+    """Write OUT.state, unless held-out J, which is printed, shows that the weights are spoilt."""
+    state, J = state_path(args.out), mean_loss(model, held_out, args.amp)
+    if not J.isfinite().all():
+        raise LicError(
+            f"after step {done} held-out J is not finite; {remedy_for_spoilt_weights(state)}"
+        )
+    save_state(state, model, optimizer, done, settings, vars(args))
+    print(f"saved {state}  held-out J a level:", *(f"{v:.4f}" for v in J), flush=True)
+
+
+class Outcome:
+    """What a step tells of itself, on its way from a GPU while the next step runs."""
+
+    def __init__(self, step, loss, norm, interrupted):
+        figures = torch.stack([loss, norm, interrupted])
+        self.step, self.figures = step, figures.to("cpu", non_blocking=True)
+        self.arrival = torch.cuda.Event() if figures.is_cuda else None
+        if self.arrival:
+            self.arrival.record()
+
+    def must_stop(self, state):
+        """Was any process interrupted? Raises LicError if the step has spoilt the weights."""
+        if self.arrival:
+            self.arrival.synchronize()
+        loss, norm, interrupted = self.figures.tolist()
+        if not math.isfinite(norm):  # the last save is not spoilt
+            raise LicError(
+                f"at step {self.step} the loss is {loss} and its gradient's norm {norm}; "
+                f"{remedy_for_spoilt_weights(state)}"
+            )
+        return interrupted > 0
 
 
 def compiled(model):
@@ -188,9 +240,9 @@ def compiled(model):
     # this mode records them as CUDA graphs
     fused = torch.compile(model, mode="reduce-overhead")
 
-    def forward(x, level):
+    def forward(x, level, share):
         try:
-            return fused(x, level)
+            return fused(x, level, share)
         except Exception as error:
             reason = str(error).strip().split("\n")[0]
             raise LicError(f"--compile does not work here ({reason}); leave it out") from error

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from lic.files import UNREADABLE, LicError, claim_output, read_tensors, write_tensors
+from lic.train.processes import check_batch, meet, rank
 from lic.train.schedule import milestones
 
 FORMAT = "lic state"
@@ -59,6 +60,8 @@ def parse_training_args(parser):
     Raises LicError for options that cannot go together.
     """
     args = parser.parse_args()
+    if rank() > 0:  # what is wrong from here on the first process says
+        meet()
     if args.finish and not args.resume:
         raise LicError("--finish ends a run that was stopped: give --resume, too")
     if args.validation and not args.data:
@@ -91,8 +94,11 @@ def check_out(args):
     """Before a stage reads anything: may it write args.out, and train anew?
 
     Raises LicError if not: files.claim_output, or a run that was stopped or whose checkpoint could
-    not be written would be lost.
+    not be written would be lost. Of several processes the first asks for all.
     """
+    if rank() > 0:
+        return
+    check_batch(args.batch)
     overwrite = args.overwrite or args.resume
     inputs = [name for name in (args.checkpoint, getattr(args, "plan", None)) if name]
     claim_output(args.out, ".pt", overwrite, inputs)
@@ -138,7 +144,7 @@ def load_state(path, model, optimizer, settings):
         raise LicError(
             f"{path} was made with other settings; resume with the same: {'; '.join(differences)}"
         )
-    if state["threads"] != torch.get_num_threads():
+    if state["threads"] != torch.get_num_threads() and rank() == 0:
         print(
             f"warning: {path} was made with {state['threads']} threads, this process has "
             f"{torch.get_num_threads()}: last bits will differ from a run that was never stopped",

@@ -33,7 +33,8 @@ from lic.codec.header import Header, crc_of_symbols, pack_file, read_header  # n
 from lic.codec.integer import IntegerHyperSynthesis, freeze_h_s  # noqa: E402
 from lic.codec.model import Codec  # noqa: E402
 from lic.codec.tables import Tables, build_tables  # noqa: E402
-from lic.images import dead_leaves, fixed_crops, load_images  # noqa: E402
+from lic.images import dead_leaves, fixed_crops  # noqa: E402
+from lic.photographs import load_images  # noqa: E402
 from lic.shrink.quantization import input_scales  # noqa: E402
 from lic.shrink.rounding import patch_moments, round_weights  # noqa: E402
 from lic.train.loop import fit  # noqa: E402
