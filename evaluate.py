@@ -26,6 +26,7 @@ from lic.metrics import bd_rate, shared_range
 from lic.options import make_parser, positive_whole_number, whole_number
 from lic.plots import import_pyplot, plot_rate_distortion
 from lic.program import processor, run
+from lic.train.processes import choose_gpu
 
 STAGES = ["runs/dense.pt", "runs/pruned.pt", "runs/quantized.pt"]
 DRAWN = ["webp", "avif", "compressai mbt2018-mean (published)"]  # beside the checkpoints
@@ -41,6 +42,9 @@ def parse_args():
     add("--held-out", action="store_true",
         help="only the images that training with this folder holds out")
     add("--amp", action="store_true", help="code in bf16: faster on some CPUs with AVX-512 bf16")
+    add("--device", choices=("cpu", "cuda"), default="cpu",
+        help="where g_a, h_a and g_s run, but for the search of --effort; on a GPU untried "
+        "(default: cpu)")
     add("--effort", type=whole_number, nargs="+", default=[0],
         help="steps of a search for better files, which may take hours; each of several is "
         "measured (default: 0)")
@@ -159,6 +163,8 @@ def main():
             claim_output(path, suffix, args.overwrite, filter(None, inputs))
     if args.plot:
         import_pyplot()  # refuse now rather than at the end
+    if args.device == "cuda":
+        choose_gpu()
     published = load_published(args.published) if args.published else {}
     for path in args.checkpoints:
         load_checkpoint(path)  # refuse a bad one before measuring the others
@@ -168,12 +174,15 @@ def main():
     pixels = sum(image.shape[0] * image.shape[1] for image in images)
     threads = torch.get_num_threads() if args.workers == 1 else 1  # that code a file
     precision = ", bf16" if args.amp else ""
+    precision += f", {args.device}" if args.device != "cpu" else ""
     print(f"images: {len(images)}, {pixels} pixels, {threads} threads{precision}")
 
     checkpoints = []
     for path in args.checkpoints:
         for effort in args.effort:
-            result = measure_checkpoint(path, images, args.amp, effort, record, args.workers)
+            result = measure_checkpoint(
+                path, images, args.amp, effort, record, args.workers, args.device
+            )
             checkpoints.append(result)
             show_checkpoint(result)
     classical = measure_classical(images, args.workers)

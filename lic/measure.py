@@ -89,7 +89,8 @@ def crew(path, coder, workers):
         yield lambda function, jobs: (function(coder, *job) for job in jobs)
         return
     spawn = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
-    pool = ProcessPoolExecutor(workers, spawn, begin_work, (path, coder and coder.amp))
+    settings = (path, coder.amp, str(coder.device)) if coder else ()
+    pool = ProcessPoolExecutor(workers, spawn, begin_work, settings)
     try:
         yield lambda function, jobs: pool.map(functools.partial(work, function), jobs)
     except BrokenProcessPool as error:
@@ -104,14 +105,14 @@ def crew(path, coder, workers):
 _coder = None  # of a process of the crew
 
 
-def begin_work(path, amp):
-    """In a process of the crew, once."""
+def begin_work(path=None, amp=False, device="cpu"):
+    """In a process of the crew, once. path: of the codec, or None."""
     global _coder
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is told by the first process
     keep_freed_memory()
     torch.set_num_threads(1)
     if path:
-        _coder = load_coder(path, amp)
+        _coder = load_coder(path, amp, device)
         _coder.decode(_coder.encode(dead_leaves(0), 0))  # warm-up
 
 
@@ -144,6 +145,8 @@ def measure_levels(coder, images, each, effort=0, record=None, threads=1):
     """Every level, averaged over the images: a list of dicts. each: of a `crew`."""
     record = record or Record()
     precision = "bf16" if coder.amp else "float32"
+    if coder.device.type != "cpu":
+        precision += f" on {coder.device}"
     lambdas = coder.model.lambdas
     keys, jobs = [], []  # an image a column, a level a row
     for level in range(len(lambdas)):
@@ -230,10 +233,10 @@ def mean_of(rows):
     return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
 
 
-def measure_checkpoint(path, images, amp=False, effort=0, record=None, workers=1):
+def measure_checkpoint(path, images, amp=False, effort=0, record=None, workers=1, device="cpu"):
     """All levels of a checkpoint. effort: steps of train/effort.py; record: a Record or None."""
     model, meta = load_checkpoint(path)
-    coder = ImageCoder(model, meta["tables"], meta["fingerprint"], amp)
+    coder = ImageCoder(model, meta["tables"], meta["fingerprint"], amp, device)
     coder.decode(coder.encode(images[0], 0))  # warm-up
     threads = torch.get_num_threads() if workers == 1 else 1
     with crew(path, coder, workers) as each:

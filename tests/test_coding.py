@@ -201,6 +201,15 @@ def test_bf16_changes_neither_how_a_file_is_read_nor_the_picture_much(model, ima
         assert 0 < np.abs(pictures[0] - pictures[1]).mean() < 2
 
 
+def test_another_device_runs_the_plain_networks_and_gives_the_same_picture(model, image_coder):
+    """ "cpu:0" takes the way of a GPU: none of the CPU's faster forms, tensors there and back."""
+    other = ImageCoder(model, image_coder.tables, "00112233445566778899", device="cpu:0")
+    assert other.device != image_coder.device and "Strip" not in str(other.g_s)
+    for data in (image_coder.encode(photo(), 2), other.encode(photo(), 2)):
+        pictures = [coder.decode(data).astype(int) for coder in (image_coder, other)]
+        assert np.abs(pictures[0] - pictures[1]).max() <= 1
+
+
 def test_every_flipped_byte_and_every_cut_is_refused(image_coder):
     data = image_coder.encode(some_image(40, 40), 0)
     for position in range(len(data)):

@@ -22,30 +22,36 @@ from lic.images import to_tensor
 from lic.program import warn_of_slow_bf16
 
 
-def load_coder(path, amp=False):
+def load_coder(path, amp=False, device="cpu"):
     """The ImageCoder of a checkpoint. Raises LicError for a file that cannot be used."""
     model, meta = checkpoint.load_checkpoint(path)
-    return ImageCoder(model, meta["tables"], meta["fingerprint"], amp)
+    return ImageCoder(model, meta["tables"], meta["fingerprint"], amp, device)
 
 
 class ImageCoder:
-    """Encodes and decodes with one model, on the CPU.
+    """Encodes and decodes with one model.
 
     load_checkpoint gives model, tables and fingerprint. amp: g_a, h_a and g_s in bf16 autocast;
-    a file made so is as valid and is read by any decoder.
+    device: where these three run, h_s and the entropy coder on the CPU always. A file made so is as
+    valid and is read by any decoder.
     """
 
-    def __init__(self, model, tables, fingerprint, amp=False):
-        if amp:
+    def __init__(self, model, tables, fingerprint, amp=False, device="cpu"):
+        if amp and device == "cpu":
             warn_of_slow_bf16()
-        self.model, self.tables, self.amp = model.eval(), tables, amp
+        self.model, self.tables = model.eval(), tables
+        self.amp, self.device = amp, torch.device(device)
         self.fingerprint = bytes.fromhex(fingerprint)[:8]
         self.g_a, self.h_a, self.g_s = model.g_a, model.h_a, model.g_s
         if model.quantization:
             self.h_s = IntegerHyperSynthesis(model.h_s)
         else:
             self.h_s = copy.deepcopy(model.h_s).double()
-        fast.speed_up(self)  # may be left out
+        if device == "cpu":
+            fast.speed_up(self)  # may be left out
+        else:
+            networks = (self.g_a, self.h_a, self.g_s)
+            self.g_a, self.h_a, self.g_s = (copy.deepcopy(net).to(device) for net in networks)
 
     def encode(self, image, quality=None, max_pixels=MAX_PIXELS):
         """image (H, W, 3) uint8 of any size -> bytes.
@@ -150,11 +156,11 @@ class ImageCoder:
             raise BadStream(f"the file declares quality {level}, which this model does not have")
 
     def _run(self, network):
-        """The network as a function, in bf16 if that was asked for."""
+        """The network as a function from CPU to CPU, in bf16 if that was asked for."""
 
         def run(x):
-            with torch.autocast("cpu", torch.bfloat16, enabled=self.amp):
-                return network(x).float()
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+                return network(x.to(self.device)).float().cpu()
 
         return run
 
