@@ -30,6 +30,7 @@ def batches_of(steps, images, levels, args, share):
 
 
 def draw(step, images, levels, args, share):
+    """The Batch of one step: all of it is drawn, but the pixels of the share alone are read."""
     rng = np.random.default_rng([args.seed, step])
     noise = int(rng.integers(2**63))
     crops = random_crops(images, args.batch, args.crop, rng)
