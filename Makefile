@@ -8,8 +8,8 @@ demo: .venv/installed
 	rm -rf runs/demo
 	$(VENV) train.py --out runs/demo/dense.pt
 	$(VENV) search.py --checkpoint runs/demo/dense.pt --out runs/demo/plan.json
-	$(VENV) prune.py --checkpoint runs/demo/dense.pt --plan runs/demo/plan.json --out runs/demo/pruned.pt
-	$(VENV) quantize.py --checkpoint runs/demo/pruned.pt --out runs/demo/quantized.pt
+	$(VENV) prune.py --checkpoint runs/demo/dense.pt --plan runs/demo/plan.json --steps 300 --out runs/demo/pruned.pt
+	$(VENV) quantize.py --checkpoint runs/demo/pruned.pt --steps 100 --out runs/demo/quantized.pt
 	$(VENV) evaluate.py runs/demo/dense.pt runs/demo/pruned.pt runs/demo/quantized.pt
 	$(VENV) -m lic compare docs/coffee.png runs/demo/beside.png --checkpoint runs/demo/quantized.pt
 	@echo "Look at runs/demo/beside.png: what a minute of synthetic images teaches a codec of this size."

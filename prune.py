@@ -27,6 +27,7 @@ from lic.train.loop import (
     add_training_arguments,
     data_option,
     fit,
+    held_out_option,
     images_for,
 )
 from lic.train.loss import mean_loss
@@ -94,7 +95,7 @@ def main():
     save_checkpoint(args.out, model, build_tables(model), stage, vars(args), steps, meta, metrics)
     following = f"quantize.py --checkpoint {args.out}{data_option(args)}"
     if args.control:
-        following = f"evaluate.py {args.out} runs/pruned.pt"
+        following = f"evaluate.py {args.out} runs/pruned.pt{held_out_option(args)}"
     print(f"wrote {args.out}; next: python {following}")
 
 

@@ -21,7 +21,13 @@ from lic.options import make_parser, positive_whole_number
 from lic.program import run
 from lic.shrink.quantization import equalize, input_scales
 from lic.shrink.rounding import patch_moments, round_weights
-from lic.train.loop import HELD_OUT_CROPS, add_training_arguments, fit, images_for
+from lic.train.loop import (
+    HELD_OUT_CROPS,
+    add_training_arguments,
+    fit,
+    held_out_option,
+    images_for,
+)
 from lic.train.loss import mean_loss
 from lic.train.processes import rank
 from lic.train.state import check_out, parse_training_args
@@ -72,7 +78,8 @@ def main():
     save_checkpoint(
         args.out, model, build_tables(model), "quantize", vars(args), steps, meta, metrics
     )
-    print(f"wrote {args.out}; next: python evaluate.py {args.checkpoint} {args.out}")
+    following = f"evaluate.py {args.checkpoint} {args.out}{held_out_option(args)}"
+    print(f"wrote {args.out}; next: python {following}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python train.py                              synthetic images, a minute and a half on 2 cores
     python train.py --preset small --data photos/ --amp --steps 30000 --out runs/small.pt
-    python train.py --checkpoint runs/small.pt --lr 1e-3 --crop 256 --batch 2 ...       go on
+    python train.py --checkpoint runs/small.pt --lr 3e-4 --crop 256 --batch 2 ...       go on
 
 Each image of a batch is coded at a rate level of its own.
 """

@@ -143,7 +143,7 @@ def steps(walk, pyplot):
 def hyperprior(walk, pyplot):
     """One channel of y, and what z says of it."""
     channel = walk.loudest[0]
-    z_channel = walk.z.square().mean((0, 2, 3)).argmax()
+    z_channel = walk.z.var((0, 2, 3)).argmax()
     y, mean, scale = walk.y[0, channel], walk.mean[0, channel], walk.scale[0, channel]
     figure, panels = pyplot.subplots(1, 5, figsize=(13, 2.2), layout="constrained")
     limit = y.abs().max()
@@ -208,14 +208,14 @@ def table(walk, pyplot):
 
 @torch.inference_mode()
 def units(walk, pyplot, count=8, side=3):
-    """What one latent alone adds to a grey picture, for the loudest channels; below, a DCT's."""
+    """What one latent alone adds to a grey picture, for the loudest channels; below, the DCT's likest."""
     model = walk.coder.model
     _, inverse_gain = model.gains(torch.tensor([walk.level]))
     nothing = torch.zeros(1, walk.y.shape[1], 2 * side + 1, 2 * side + 1)
     background = model.g_s(nothing)
     figure, rows = pyplot.subplots(2, count, figsize=(11, 3), layout="constrained")
     u = np.arange(16) + 0.5
-    frequencies = [(0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (2, 0), (1, 2), (3, 3)]
+    frequencies = [(0, 0), (0, 0), (1, 0), (0, 1), (1, 1), (2, 0), (0, 2), (2, 1)]
     for axes, channel in zip(rows[0], walk.loudest):
         one = nothing.clone()
         one[0, channel, side, side] = walk.symbols[0, channel].abs().max()
@@ -326,7 +326,11 @@ def fold(walk, pyplot, group="g_a.1"):
     predicted = torch.einsum("k,khw->hw", B[example].float(), v[keep]) + c[example].float()
     figure, panels = pyplot.subplots(1, 3, figsize=(13, 3), layout="constrained")
     panels[0].bar(range(len(gone)), 100 * explained.sort(descending=True).values, width=1)
-    panels[0].set(xlabel=f"channel of {group} that goes, sorted", ylabel="predicted, % of variance")
+    panels[0].set(
+        xlabel=f"channel of {group} that goes, sorted",
+        ylabel="predicted, % of variance",
+        ylim=(90, 100),
+    )
     limit = (truth - truth.mean()).abs().max()
     grey(panels[1], truth - truth.mean(), f"channel {gone[example]}, which goes", limit)
     title = f"what the {len(keep)} that stay predict: {explained[example]:.1%}"

@@ -71,7 +71,8 @@ def add_training_arguments(parser, steps, lr, out):
     add("--out", default=out, help=f"checkpoint to write (default: {out})")
     add("--resume", action="store_true",
         help="go on from OUT.state, with as many threads exactly as if never stopped; options that "
-        "are not given are as they were; the rate may be smaller")
+        "are not given are as they were; the rate may be smaller, and --steps another before the "
+        "rate declines")
     add("--finish", action="store_true",
         help="once resumed, take no more steps: write the checkpoint")
     add("--overwrite", action="store_true", help="replace OUT, and a stopped run's OUT.state")
@@ -121,6 +122,13 @@ def data_option(args):
     if args.data:
         return f" --data {shlex.quote(str(args.data))}"
     return " --synthetic" if args.synthetic else ""
+
+
+def held_out_option(args):
+    """How evaluate.py's command goes on, to measure on what this stage held out."""
+    if args.data and args.validation:
+        return f" --data {shlex.quote(str(args.validation))}"
+    return f"{data_option(args)} --held-out" if args.data else ""
 
 
 def run_settings(model, train, args, origin):
