@@ -6,8 +6,8 @@ VENV := .venv/bin/python
 # The five stages at tiny scale on synthetic images, in a folder of their own.
 demo: .venv/installed
 	rm -rf runs/demo
-	$(VENV) train.py --out runs/demo/dense.pt
-	$(VENV) search.py --checkpoint runs/demo/dense.pt --out runs/demo/plan.json
+	$(VENV) train.py --steps 800 --out runs/demo/dense.pt
+	$(VENV) search.py --checkpoint runs/demo/dense.pt --crops 8 --out runs/demo/plan.json
 	$(VENV) prune.py --checkpoint runs/demo/dense.pt --plan runs/demo/plan.json --steps 300 --out runs/demo/pruned.pt
 	$(VENV) quantize.py --checkpoint runs/demo/pruned.pt --steps 100 --out runs/demo/quantized.pt
 	$(VENV) evaluate.py runs/demo/dense.pt runs/demo/pruned.pt runs/demo/quantized.pt
