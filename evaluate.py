@@ -43,7 +43,7 @@ def parse_args():
         help="only the images that training with this folder holds out")
     add("--amp", action="store_true", help="code in bf16: faster on some CPUs with AVX-512 bf16")
     add("--device", choices=("cpu", "cuda"), default="cpu",
-        help="where g_a, h_a and g_s run, but for the search of --effort; on a GPU untried "
+        help="where g_a, h_a and g_s run, but for the search of an effort; on a GPU untried "
         "(default: cpu)")
     add("--effort", type=whole_number, nargs="+", default=[0],
         help="steps of a search for better files, which may take hours; each of several is "

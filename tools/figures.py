@@ -208,7 +208,7 @@ def table(walk, pyplot):
 
 @torch.inference_mode()
 def units(walk, pyplot, count=8, side=3):
-    """What one latent alone adds to a grey picture, for the loudest channels; below, the DCT's likest."""
+    """What one latent alone adds to a grey picture, of the loudest channels; below, a DCT's."""
     model = walk.coder.model
     _, inverse_gain = model.gains(torch.tensor([walk.level]))
     nothing = torch.zeros(1, walk.y.shape[1], 2 * side + 1, 2 * side + 1)
