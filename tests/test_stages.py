@@ -481,34 +481,30 @@ def test_plot_without_matplotlib_is_a_sentence(pipeline, photos, monkeypatch, ca
     assert status == 2 and "needs matplotlib" in capsys.readouterr().err
 
 
-def test_command_line_there_and_back(pipeline, photos):
+def test_command_line_there_and_back(pipeline, photos, monkeypatch, capsys):
     stream, image = pipeline / "photo.lic", pipeline / "photo.png"
     checkpoint = ["--checkpoint", pipeline / "quantized.pt"]
+
+    def run(*arguments, status=0):
+        capsys.readouterr()
+        assert run_script(monkeypatch, "lic/__main__.py", *arguments) == status
+        return "".join(capsys.readouterr())
+
     run_stage("lic", "compress", photos / "0.png", stream, *checkpoint, "--quality", 2.5)
-    assert "64x64 pixels, quality 2.5" in run_stage("lic", "info", stream)
-    run_stage("lic", "decompress", stream, image, *checkpoint)
+    assert "64x64 pixels, quality 2.5" in run("info", stream)
+    run("decompress", stream, image, *checkpoint)
     assert Image.open(image).size == (64, 64) and read_image(image).std() > 1
     image.unlink()
-    error = run_stage(
-        "lic", "decompress", stream, image, "--checkpoint", pipeline / "dense.pt", status=1
-    )
+    error = run("decompress", stream, image, "--checkpoint", pipeline / "dense.pt", status=1)
     assert "made by model" in error and error.count("\n") == 1 and not image.exists()
     stream.write_bytes(stream.read_bytes()[:-1])
-    error = run_stage("lic", "decompress", stream, image, *checkpoint, status=1)
+    error = run("decompress", stream, image, *checkpoint, status=1)
     assert str(stream) in error and error.count("\n") == 1 and not image.exists()
     before = (photos / "1.png").read_bytes()
-    error = run_stage("lic", "compress", photos / "0.png", photos / "1.png", *checkpoint, status=2)
+    error = run("compress", photos / "0.png", photos / "1.png", *checkpoint, status=2)
     assert "end the name in .lic" in error and (photos / "1.png").read_bytes() == before
-    error = run_stage(
-        "lic",
-        "compress",
-        photos / "0.png",
-        pipeline / "new.lic",
-        *checkpoint,
-        "--quality",
-        4,
-        status=2,
-    )
+    new = pipeline / "new.lic"
+    error = run("compress", photos / "0.png", new, *checkpoint, "--quality", 4, status=2)
     assert "between 0 and 3" in error
 
 
@@ -521,11 +517,19 @@ def states_of(path):
     return state["step"], tensors
 
 
+@pytest.fixture(scope="module")
+def never_stopped(photos, tmp_path_factory):
+    """Arguments of a run of 60 steps, and the checkpoint that it wrote."""
+    arguments = ["--data", photos, *TRAIN, "--steps", 60, "--save-every", 4]
+    out = tmp_path_factory.mktemp("never_stopped") / "straight.pt"
+    run_stage("train.py", *arguments, "--out", out)
+    return arguments, out
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_killed_and_resumed_equals_never_stopped_to_the_last_bit(tmp_path, photos, how):
-    arguments = ["--data", photos, *TRAIN, "--steps", 80, "--save-every", 4]
-    straight, broken = tmp_path / "straight.pt", tmp_path / "broken.pt"
-    run_stage("train.py", *arguments, "--out", straight)
+def test_killed_and_resumed_equals_never_stopped_to_the_last_bit(tmp_path, never_stopped, how):
+    arguments, straight = never_stopped
+    broken = tmp_path / "broken.pt"
     with subprocess.Popen(
         command("train.py", *arguments, "--out", broken),
         cwd=ROOT,
@@ -536,7 +540,7 @@ def test_killed_and_resumed_equals_never_stopped_to_the_last_bit(tmp_path, photo
         process.send_signal(how)
         process.stdout.read()
     step, _ = states_of(f"{broken}.state")
-    assert 0 < step < 80 and not broken.exists()
+    assert 0 < step < 60 and not broken.exists()
     run_stage("train.py", *arguments, "--out", broken, "--resume")
     (_, a), (_, b) = states_of(f"{straight}.state"), states_of(f"{broken}.state")
     assert all(torch.equal(a[name], b[name]) for name in a)
