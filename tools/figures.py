@@ -1,4 +1,4 @@
-"""Every picture of the docs, from the files that are shipped (two minutes, needs matplotlib).
+"""Every picture of the docs, from the files that are shipped (three minutes, needs matplotlib).
 
     python tools/figures.py                  all of them, into docs/figures/
     python tools/figures.py bits widths      these
