@@ -28,9 +28,11 @@ from lic.codec.bitstream import (
 )
 from lic.codec.checkpoint import load_checkpoint
 from lic.codec.coder import PRECISION
+from lic.codec.strips import coarse_side
 from lic.files import LicError, claim_output, read_bytes, write_bytes
 from lic.images import dead_leaves, digest
 from lic.metrics import ms_ssim, psnr
+from lic.pictures import enlarged
 from lic.program import keep_freed_memory
 
 CLASSICAL = {  # name: (Pillow format, feature to ask for, qualities)
@@ -186,9 +188,9 @@ def bits_of_blocks(coder, y, z):
     A position of z stands for several blocks: each gets its share of z's bits.
     """
     y_bits, z_bits = (bits.sum(0) for bits in coded_bits(coder, y, z))
-    side = round(structure.positions()["y"] ** -0.5)
-    ratio = structure.total_stride() // side  # blocks on the side of a position of z
-    return y_bits + z_bits.repeat(ratio, 0).repeat(ratio, 1) / ratio**2, side
+    side = coarse_side("g_a")
+    ratio = coarse_side("h_a") // side  # blocks on the side of a position of z
+    return y_bits + enlarged(z_bits, ratio) / ratio**2, side
 
 
 def bits_of_symbols(symbols, table_index, tables):

