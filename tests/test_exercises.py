@@ -6,11 +6,15 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, lively_codec, run_script
+from PIL import Image
 
+from lic.codec.checkpoint import save_checkpoint
 from lic.codec.model import Codec, preset_config
+from lic.codec.tables import build_tables
 
 EXERCISES = ROOT / "docs" / "exercises"
 TRAIN = ["train.py", "--crop", "64", "--batch", "2", "--steps", "3", "--out", "dense.pt"]
@@ -174,3 +178,22 @@ def test_the_context_is_of_anchors_and_for_the_others(tmp_path, photos):
         assert (seen["mean"][..., others] != seen["h_s"][..., others]).all()
         """,
     )
+
+
+def test_a_linear_context_saves_what_neighbours_know(tmp_path, monkeypatch, capsys):
+    """Of a codec whose y are smooth, and whose h_s says nothing of them, a lot."""
+    model = lively_codec()
+    with torch.no_grad():
+        for parameter in model.h_s.parameters():
+            parameter.zero_()
+    checkpoint, photos = tmp_path / "smooth.pt", tmp_path / "photos"
+    save_checkpoint(checkpoint, model, build_tables(model), "train", {}, 0)
+    photos.mkdir()
+    ramp = np.linspace(0, 255, 256)[:, None, None]
+    for number, colour in enumerate(((1, 0.5, 0.2), (0.3, 1, 0.6), (0.7, 0.1, 1), (0.4, 0.4, 0.9))):
+        smooth = np.broadcast_to(ramp * colour, (256, 256, 3)).astype(np.uint8)
+        Image.fromarray(smooth).save(photos / f"{number}.png")
+    assert run_script(monkeypatch, "docs/exercises/linear_context.py", checkpoint, photos) == 0
+    saved = [line.split()[-1] for line in capsys.readouterr().out.splitlines()[1:]]
+    assert len(saved) == len(model.lambdas)
+    assert all(float(share.rstrip("%")) > 10 for share in saved)
