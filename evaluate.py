@@ -103,8 +103,8 @@ def load_published(path):
     try:
         curves = {}
         for name, curve in json.loads(read_bytes(path))["curves"].items():
-            points = zip(map(float, curve["bpp"]), map(float, curve["psnr"]))
-            curves[f"{name} (published)"] = list(points)
+            pairs = zip(curve["bpp"], curve["psnr"], strict=True)
+            curves[f"{name} (published)"] = [(float(bpp), float(dB)) for bpp, dB in pairs]
         return curves
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise LicError(f"{path} holds no curves like docs/kodak_published.json") from error
@@ -140,7 +140,7 @@ def show_checkpoint(result):
         "  lambda      bpp  ideal bpp   PSNR dB   MS-SSIM  (dB)    encode s  decode s  alive y, z"
     )
     for row in result["levels"]:
-        ms_ssim_dB = -10 * np.log10(1 - row["ms_ssim"])
+        ms_ssim_dB = min(LOSSLESS, -10 * np.log10(max(1 - row["ms_ssim"], 1e-10)))
         ideal, alive = "-", "-"
         if "ideal_bpp" in row:  # not with --effort
             ideal = f"{row['ideal_bpp']:.4f}"
@@ -168,8 +168,8 @@ def main():
     published = load_published(args.published) if args.published else {}
     for path in args.checkpoints:
         load_checkpoint(path)  # refuse a bad one before measuring the others
-    others = [*args.checkpoints, args.data, args.published, args.json, args.plot]
-    record = Record(args.record, filter(None, others))
+    files = [*args.checkpoints, args.data, args.published, args.json, args.plot]
+    record = Record(args.record, filter(None, files))
     images = images_of(args)
     pixels = sum(image.shape[0] * image.shape[1] for image in images)
     threads = torch.get_num_threads() if args.workers == 1 else 1  # that code a file
@@ -200,7 +200,7 @@ def main():
     others = {name: points(rows) for name, rows in classical.items()} | published
 
     if args.json:
-        result = {
+        document = {
             "images": len(images),
             "pixels": pixels,
             "processor": processor(),
@@ -208,7 +208,7 @@ def main():
             "checkpoints": checkpoints,
             "classical": classical,
         }
-        write_bytes(args.json, json.dumps(result, indent=1, allow_nan=False).encode())
+        write_bytes(args.json, json.dumps(document, indent=1, allow_nan=False).encode())
     if args.plot:
         drawn = {name: curve for name, curve in others.items() if name in DRAWN}
         plot_rate_distortion(args.plot, ours, drawn)

@@ -22,17 +22,18 @@ from lic.options import make_parser
 from lic.program import run
 from lic.shrink.plan import load_plan
 from lic.shrink.pruning import best_cut
-from lic.train.loop import (
-    HELD_OUT_CROPS,
-    add_training_arguments,
-    data_option,
-    fit,
-    held_out_option,
-    images_for,
-)
+from lic.train.loop import fit
 from lic.train.loss import mean_loss
 from lic.train.processes import rank
-from lic.train.state import check_out, parse_training_args
+from lic.train.stage import (
+    HELD_OUT_CROPS,
+    add_training_arguments,
+    check_out,
+    data_option,
+    held_out_option,
+    images_for,
+    parse_training_args,
+)
 
 
 def parse_args():
@@ -69,7 +70,9 @@ def main():
     if plan:
         dense = model.config
         keep = {group: torch.tensor(kept) for group, kept in plan["keep"].items()}
-        calibration = fixed_crops(train, plan["crops"], plan["crop"])
+        # search.py's crops: its training may have left out images that this one can use
+        large = [image for image in train if min(image.shape[:2]) >= plan["crop"]]
+        calibration = fixed_crops(large, plan["crops"], plan["crop"])
         model, J_cut = best_cut(model, keep, calibration, mean_loss)
         print(
             "J of the cut, geometric mean over the levels:",
@@ -86,7 +89,7 @@ def main():
     steps = fit(model, train, held_out, args, origin=[meta["fingerprint"], plan and plan["keep"]])
     if rank() > 0:  # of several processes the first writes what all have found
         return
-    metrics["held_out_J_tuned"] = mean_loss(model, held_out).tolist()
+    metrics["held_out_J"] = mean_loss(model, held_out).tolist()
 
     for name, J in metrics.items():
         if name != "plan":

@@ -21,16 +21,17 @@ from lic.options import make_parser, positive_whole_number
 from lic.program import run
 from lic.shrink.quantization import equalize, input_scales
 from lic.shrink.rounding import patch_moments, round_weights
-from lic.train.loop import (
-    HELD_OUT_CROPS,
-    add_training_arguments,
-    fit,
-    held_out_option,
-    images_for,
-)
+from lic.train.loop import fit
 from lic.train.loss import mean_loss
 from lic.train.processes import rank
-from lic.train.state import check_out, parse_training_args
+from lic.train.stage import (
+    HELD_OUT_CROPS,
+    add_training_arguments,
+    check_out,
+    held_out_option,
+    images_for,
+    parse_training_args,
+)
 
 
 def parse_args():
@@ -63,10 +64,8 @@ def main():
     scales = input_scales(model, calibration)
     quantize_layers(model, scales, float_inputs=args.float_inputs)
     metrics["held_out_J_inputs"] = mean_loss(model, held_out).tolist()
-    steps = 0
-    if args.steps or args.resume:
-        steps = fit(model, train, held_out, args, origin=[meta["fingerprint"], args.calibration])
-        metrics["held_out_J_tuned"] = mean_loss(model, held_out).tolist()
+    steps = fit(model, train, held_out, args, origin=[meta["fingerprint"], args.calibration])
+    metrics["held_out_J_tuned"] = mean_loss(model, held_out).tolist()
     if rank() > 0:  # of several processes the first writes what all have found
         return
     round_weights(model, patch_moments(model, calibration))

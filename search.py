@@ -20,11 +20,11 @@ from lic.codec.structure import total_stride
 from lic.files import LicError, claim_output, free_name
 from lic.images import fixed_crops
 from lic.options import (
+    fraction,
     make_parser,
     multiple_of,
     positive_number,
     positive_whole_number,
-    share,
     whole_number,
 )
 from lic.program import run, warn_of_slow_bf16
@@ -33,7 +33,7 @@ from lic.shrink.plan import load_plan, save_plan
 from lic.shrink.pruning import importance, most_important, narrow
 from lic.shrink.statistics import observe
 from lic.shrink.timing import milliseconds, time_layers
-from lic.train.loop import add_image_arguments, data_option, images_for
+from lic.train.stage import add_image_arguments, data_option, images_for
 from lic.train.loss import mean_loss
 from lic.train.processes import choose_gpu
 
@@ -44,7 +44,7 @@ def parse_args():
     add = parser.add_argument
     add("--checkpoint", default="runs/dense.pt", help="codec to prune (default: runs/dense.pt)")
     add_image_arguments(parser)
-    add("--target", type=share, default=0.5, help="share to remove, 0 to 1 (default: 0.5)")
+    add("--target", type=fraction, default=0.5, help="share to remove, 0 to 1 (default: 0.5)")
     add("--of", choices=("params", "macs", "both", "time"), default="params",
         help="what the target counts; both: the smaller share of the first two; time: of coding on "
         "this machine, in 8 bits (default: params)")
@@ -117,8 +117,8 @@ class Cutter:
 
 def main():
     args = parse_args()
-    inputs = [name for name in (args.checkpoint, args.sensitivities) if name]
-    claim_output(args.out, ".json", args.overwrite, inputs)
+    inputs = (args.checkpoint, args.sensitivities, args.data)
+    claim_output(args.out, ".json", args.overwrite, filter(None, inputs))
     if args.device == "cuda":
         choose_gpu()
     elif args.amp:

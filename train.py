@@ -20,16 +20,17 @@ from lic.images import fixed_crops
 from lic.options import make_parser, positive_number
 from lic.program import run
 from lic.shrink.plan import load_plan
-from lic.train.loop import (
-    HELD_OUT_CROPS,
-    add_training_arguments,
-    data_option,
-    fit,
-    images_for,
-)
+from lic.train.loop import fit
 from lic.train.loss import mean_loss
 from lic.train.processes import rank
-from lic.train.state import check_out, parse_training_args
+from lic.train.stage import (
+    HELD_OUT_CROPS,
+    add_training_arguments,
+    check_out,
+    data_option,
+    images_for,
+    parse_training_args,
+)
 
 
 def parse_args():

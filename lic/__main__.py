@@ -71,11 +71,12 @@ def parse_args():
 
 def compress(args):
     from lic.images import read_image
-    from lic.measure import bits_per_pixel
+    from lic.metrics import bits_per_pixel
 
     claim_output(args.output, ".lic", args.overwrite, [args.input])
     image = read_image(args.input, args.max_pixels)
-    codec, size = load(args.checkpoint, args.amp), f"{image.shape[1]}x{image.shape[0]}"
+    codec = load(args.checkpoint, args.amp)
+    size = f"{image.shape[1]}x{image.shape[0]}"
     with enough_memory(f"{size} pixels"):
         data = encode(codec, image, args.quality, args.effort, args.max_pixels, verbose=True)
     write_bytes(args.output, data)
@@ -133,8 +134,8 @@ def checkpoint_info(path):
 
 def compare(args):
     from lic.images import read_image
-    from lic.measure import best_within, bits_per_pixel
-    from lic.metrics import psnr
+    from lic.measure import best_within
+    from lic.metrics import bits_per_pixel, psnr
     from lic.pictures import beside, png_bytes
 
     claim_output(args.output, ".png", args.overwrite, [args.input])

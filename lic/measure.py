@@ -18,20 +18,13 @@ from PIL import Image, features
 
 import lic
 from lic.codec import structure
-from lic.codec.bitstream import (
-    ImageCoder,
-    channel_index,
-    integers,
-    load_coder,
-    padded,
-    padded_pixels,
-)
+from lic.codec.bitstream import ImageCoder, load_coder, padded, padded_pixels
 from lic.codec.checkpoint import load_checkpoint
 from lic.codec.coder import PRECISION
 from lic.codec.strips import coarse_side
 from lic.files import LicError, claim_output, read_bytes, write_bytes
 from lic.images import dead_leaves, digest
-from lic.metrics import ms_ssim, psnr
+from lic.metrics import bits_per_pixel, ms_ssim, psnr
 from lic.pictures import enlarged
 from lic.program import keep_freed_memory
 
@@ -43,11 +36,6 @@ CLASSICAL = {  # name: (Pillow format, feature to ask for, qualities)
 LOSSLESS = 100.0  # dB, instead of infinity, for a picture that comes back exactly
 FIGURES = {"bpp", "psnr", "ms_ssim", "encode_seconds", "decode_seconds"}  # of a file
 ALIVE = 0.001  # bits a position that a channel of y or z must carry to count as alive
-
-
-def bits_per_pixel(size, image):
-    """Of a file of `size` bytes."""
-    return 8 * size / (image.shape[0] * image.shape[1])
 
 
 class Record:
@@ -174,11 +162,9 @@ def coded_bits(coder, y, z):
     y, z: as coder.latents gives them. A symbol costs -log2 of its share of its table; one outside
     the table costs the escape and 32 bits.
     """
-    z_symbols = integers(z, "z")
-    mean, y_index = coder.entropy_parameters(z_symbols.reshape(z.shape[1:]))
-    y_symbols = integers(y - mean, "y")
+    z_symbols, z_index, y_symbols, y_index = coder.symbols(y, z)
     y_bits = bits_of_symbols(y_symbols, y_index, coder.tables["y"])
-    z_bits = bits_of_symbols(z_symbols, channel_index(z.shape[1:]), coder.tables["z"])
+    z_bits = bits_of_symbols(z_symbols, z_index, coder.tables["z"])
     return y_bits.reshape(y.shape[1:]), z_bits.reshape(z.shape[1:])
 
 

@@ -12,6 +12,11 @@ from torch.nn import functional as F
 MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 
 
+def bits_per_pixel(size, image):
+    """Of a file of `size` bytes. image: (H, W, 3)."""
+    return 8 * size / (image.shape[0] * image.shape[1])
+
+
 def squared_error(a, b):
     """Mean over pixels and channels of two (H, W, 3) uint8 images, in squared grey levels."""
     difference = np.subtract(a, b, dtype=np.int16)  # uint8 would wrap around

@@ -42,4 +42,4 @@ def multiple_of(step):
 positive_whole_number = parsed(int, lambda value: value >= 1, "a whole number from 1 up")
 whole_number = parsed(int, lambda value: 0 <= value < 2**63, "a whole number from 0 to 2^63 - 1")
 positive_number = parsed(float, lambda value: 0 < value < float("inf"), "a positive finite number")
-share = parsed(float, lambda value: 0 < value < 1, "a share, between 0 and 1")
+fraction = parsed(float, lambda value: 0 < value < 1, "a share, between 0 and 1")

@@ -14,6 +14,9 @@ from contextlib import contextmanager
 
 from lic.files import LicError, release_outputs
 
+# beside Ctrl-C; Windows has the first alone
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
 
 def keep_freed_memory():
     """Have glibc, where there is one, keep the memory of a freed tensor for the next one.
@@ -61,7 +64,7 @@ def run(main):
     """Call main(); a LicError is printed as a sentence, and its status is the exit status."""
     keep_freed_memory()
     before = {}
-    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+    for number in STOP_SIGNALS:
         if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores the second
             before[number] = signal.signal(number, lambda signum, frame: sys.exit(128 + signum))
     stdout, stderr = sys.stdout, sys.stderr
@@ -90,7 +93,8 @@ def enough_memory(what):
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+        lacking = any(words in str(error) for words in ("allocate memory", "out of memory"))
+        if isinstance(error, RuntimeError) and not lacking:
             raise
         raise LicError(
             f"not enough memory for {what}; make it smaller, or close something"

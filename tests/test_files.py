@@ -307,7 +307,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     "arguments, sentence",
     [
         (["train.py", "--data", "{tmp}/missing"], "missing is not a folder"),
-        (["train.py", "--data", "{tmp}"], "no images below"),
+        (["train.py", "--data", "{tmp}/empty"], "no images below"),
         (
             ["train.py", "--data", "{photos}", "--crop", "128"],
             "0.png is 64x64, smaller than the crop of 128",
@@ -315,8 +315,12 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         (["train.py", "--lambdas", "0.1", "0.01"], "rising order"),
         (["train.py", "--data", "{photos}", "--crop", "60"], "multiple of 64"),
         (
-            ["train.py", "--data", "{photos}", "--crop", "64", "--out", "{photos}/0.png/x.pt"],
+            ["train.py", "--data", "{photos}", "--crop", "64", "--out", "{tmp}/a.pt/x.pt"],
             "cannot write",
+        ),
+        (
+            ["train.py", "--data", "{photos}", "--crop", "64", "--out", "{photos}/x.pt"],
+            "is what this command reads",
         ),
         (
             ["train.py", "--data", "{photos}", "--crop", "64", "--out", "{tmp}/x.pt", "--resume"],
@@ -349,6 +353,7 @@ def test_bad_input_is_one_sentence_and_status_2(
     arguments, sentence, tmp_path, photos, monkeypatch, capsys, model
 ):
     save_checkpoint(tmp_path / "a.pt", model, build_tables(model), "train", {}, 0)
+    (tmp_path / "empty").mkdir()
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.chdir(tmp_path)
     if not any("--out" in a for a in arguments) and arguments[0] != "evaluate.py":

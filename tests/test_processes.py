@@ -17,6 +17,7 @@ from lic.images import dead_leaves
 from lic.train import processes
 from lic.train.batches import ahead, batches_of
 from lic.train.loss import rate_distortion
+from lic.train.optimizer import Optimizer
 from lic.train.state import read_state
 
 TRAIN = ["train.py", "--batch", 2, "--crop", 64, "--steps", 20, "--save-every", 4]
@@ -138,7 +139,7 @@ def test_the_mean_of_the_shares_gradients_is_that_of_the_batch(make, monkeypatch
 
     backward(0, 1)
     expected = {name: p.grad.clone() for name, p in model.named_parameters()}
-    monkeypatch.setattr(processes, "count", lambda: 2)
+    monkeypatch.setattr(processes, "process_count", lambda: 2)
     monkeypatch.setattr(processes.distributed, "all_reduce", all_reduce)
     backward(0, 2)
     assert not processes.average_gradients(model, [])
@@ -149,6 +150,23 @@ def test_the_mean_of_the_shares_gradients_is_that_of_the_batch(make, monkeypatch
         torch.testing.assert_close(
             parameter.grad, expected[name], rtol=1e-3, atol=1e-4 * scale, msg=name
         )
+
+
+def test_all_begin_with_the_weights_and_the_scales_of_the_first(monkeypatch):
+    first, other = (quantized_codec().to(memory_format=torch.channels_last) for _ in range(2))
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.01)
+    ours, theirs = Optimizer(first), Optimizer(other)
+    sent = iter([torch.tensor(0), *first.state_dict().values(), *ours.logs])
+    monkeypatch.setattr(processes, "process_count", lambda: 2)
+    monkeypatch.setattr(
+        processes.distributed, "broadcast", lambda tensor, _: tensor.copy_(next(sent))
+    )
+    processes.same_start(other, theirs, 0)
+    for mine, yours in zip(first.state_dict().values(), other.state_dict().values()):
+        assert torch.equal(mine, yours)
+    assert theirs.logs and all(map(torch.equal, ours.logs, theirs.logs))
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(tmp_path, monkeypatch, capsys):

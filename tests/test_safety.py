@@ -412,6 +412,8 @@ def test_a_run_whose_checkpoint_was_not_written_is_not_begun_anew(
     whole = stopped_run(out, photos, monkeypatch)
     assert run_script(monkeypatch, *TRAINING, "--data", photos, "--out", out) == 2
     assert "go on with --resume" in capsys.readouterr().err and not out.exists()
+    cut_alone = [*TRAINING, "--data", photos, "--out", out, "--steps", 0]
+    assert run_script(monkeypatch, *cut_alone) == 2 and not out.exists()  # nor replaced by no steps
     assert run_script(monkeypatch, "train.py", "--resume", "--out", out) == 0  # it knows the rest
     assert load_checkpoint(out)[1]["fingerprint"] == whole
 
@@ -477,7 +479,7 @@ def test_an_interrupt_before_the_first_step_is_one_word(monkeypatch, capsys):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lic.train.state.check_out", interrupt)
+    monkeypatch.setattr("lic.train.stage.check_out", interrupt)
     assert run_script(monkeypatch, "train.py") == 130
     assert capsys.readouterr().err == "interrupted\n"
 
@@ -543,6 +545,14 @@ def test_options_that_cannot_go_together_are_refused(
         output = tmp_path / "a.pt"
         assert run_script(monkeypatch, script, *arguments, "--out", output) == 2
         assert sentence in capsys.readouterr().err and not output.exists()
+
+
+def test_the_validation_folder_may_be_named_again(tmp_path, photos, monkeypatch):
+    out = tmp_path / "a.pt"
+    command = [*TRAINING, "--data", photos, "--validation", photos, "--out", out]
+    assert run_script(monkeypatch, *command) == 0
+    again = ["train.py", "--resume", "--validation", photos, "--out", out, "--overwrite"]
+    assert run_script(monkeypatch, *again) == 0
 
 
 def test_a_state_belongs_to_its_stage_and_its_start(tmp_path, photos, monkeypatch, capsys):
@@ -624,7 +634,12 @@ def test_a_name_that_is_too_long_is_a_sentence(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")]
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    ],
 )
 def test_a_lack_of_memory_is_a_sentence(error, tmp_path, monkeypatch, capsys):
     def fail(*_):

@@ -24,6 +24,7 @@ from lic.shrink.plan import load_plan
 from lic.train.optimizer import Optimizer
 from lic.train.state import load_state, read_state
 
+GOLDEN = ROOT / "tests" / "golden"
 TRAIN = ["--crop", "64", "--batch", "2"]
 
 
@@ -179,6 +180,26 @@ def test_a_plan_for_another_checkpoint_is_refused(pipeline, photos):
         status=2,
     )
     assert "was made for checkpoint" in error and not (pipeline / "x.pt").exists()
+
+
+def test_pruning_sees_the_crops_of_the_search_though_it_could_use_more_images(
+    tmp_path, monkeypatch
+):
+    """Small images, which the search left out, are no calibration crops of prune.py either."""
+    for seed in range(24):
+        image = dead_leaves(seed, 64 if seed % 2 else 128)
+        Image.fromarray(image).save(tmp_path / f"{seed:02}.png")
+    images = ["--checkpoint", GOLDEN / "codec.pt", "--data", tmp_path, "--skip-bad"]
+    out = tmp_path.parent / f"{tmp_path.name} cut"
+    search = ["search.py", *images, "--method", "uniform", "--crop", 128, "--crops", 4]
+    search += ["--target", 0.3, "--delta", 0.2, "--out", out / "plan.json"]
+    assert run_script(monkeypatch, *search) == 0
+    prune = ["prune.py", *images, "--plan", out / "plan.json", "--crop", 64, "--steps", 0]
+    assert run_script(monkeypatch, *prune, "--out", out / "cut.pt") == 0
+    plan = json.loads((out / "plan.json").read_text())
+    _, meta = load_checkpoint(out / "cut.pt")
+    J_cut = meta["metrics"]["plan"]["J_cut"]
+    assert J_cut["folded"] == pytest.approx(np.exp(np.log(plan["J_folded"]).mean()))
 
 
 def test_a_quantized_checkpoint_is_not_pruned_again(pipeline, photos, monkeypatch, capsys):

@@ -74,7 +74,7 @@ VARIANTS = {  # name: what is replaced in lic/train/effort.py, or the number of 
     "30 steps": {"steps": 30},
     "100 steps": {"steps": 100},
     "200 steps": {"steps": 200},
-    "200 steps of 0.01": {"steps": 200, "FARTHEST": 2.0},
+    "200 steps of 0.01": {"steps": 200, "MAX_MOVE": 2.0},
 }
 
 

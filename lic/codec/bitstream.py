@@ -10,13 +10,14 @@ g_a, h_a and g_s may run anywhere, in any precision: the decoder never repeats t
 """
 
 import copy
+import math
 
 import numpy as np
 import torch
 
 from lic.codec import checkpoint, coder, fast, strips, structure
-from lic.codec.header import SIZE, Header, crc_of_symbols, pack_file, read_header
-from lic.codec.integer import MAX_SYMBOL, IntegerHyperSynthesis
+from lic.codec.header import MAX_SYMBOL, SIZE, Header, crc_of_symbols, pack_file, read_header
+from lic.codec.integer import IntegerHyperSynthesis
 from lic.files import MAX_PIXELS, BadStream, LicError
 from lic.images import to_tensor
 from lic.program import warn_of_slow_bf16
@@ -37,17 +38,18 @@ class ImageCoder:
     """
 
     def __init__(self, model, tables, fingerprint, amp=False, device="cpu"):
-        if amp and device == "cpu":
+        self.amp, self.device = amp, torch.device(device)
+        on_cpu = self.device == torch.device("cpu")
+        if amp and on_cpu:
             warn_of_slow_bf16()
         self.model, self.tables = model.eval(), tables
-        self.amp, self.device = amp, torch.device(device)
         self.fingerprint = bytes.fromhex(fingerprint)[:8]
         self.g_a, self.h_a, self.g_s = model.g_a, model.h_a, model.g_s
         if model.quantization:
             self.h_s = IntegerHyperSynthesis(model.h_s)
         else:
             self.h_s = copy.deepcopy(model.h_s).double()
-        if device == "cpu":
+        if on_cpu:
             fast.speed_up(self)  # may be left out
         else:
             networks = (self.g_a, self.h_a, self.g_s)
@@ -99,10 +101,8 @@ class ImageCoder:
 
         y, z: as `latents` gives them for such an image, or others of the same shapes.
         """
-        z_symbols = integers(z, "z")
-        mean, y_index = self.entropy_parameters(z_symbols.reshape(z.shape[1:]))
-        y_symbols = integers(y - mean, "y")
-        z_words, z_escapes = coder.encode(z_symbols, channel_index(z.shape[1:]), self.tables["z"])
+        z_symbols, z_index, y_symbols, y_index = self.symbols(y, z)
+        z_words, z_escapes = coder.encode(z_symbols, z_index, self.tables["z"])
         y_words, y_escapes = coder.encode(y_symbols, y_index, self.tables["y"])
 
         words = [part.astype("<u4").tobytes() for part in (z_words, y_words)]
@@ -113,14 +113,22 @@ class ImageCoder:
         return pack_file(header, symbols_crc, b"".join(words + escapes))
 
     @torch.inference_mode()
+    def symbols(self, y, z):
+        """What is coded of latents, and the table of each: z_symbols, z_index, y_symbols, y_index.
+
+        y (1, M, h, w), z (1, Z, h', w'), as `latents` gives them; all flat, symbols int32.
+        """
+        z_symbols = integers(z, "z")
+        mean, y_index = self.entropy_parameters(z_symbols.reshape(z.shape[1:]))
+        return z_symbols, channel_index(z.shape[1:]), integers(y - mean, "y"), y_index
+
+    @torch.inference_mode()
     def decode(self, data, max_pixels=MAX_PIXELS):
         """bytes -> image (H, W, 3) uint8. Raises BadStream rather than return a wrong image."""
         header, symbols_crc = read_header(data)
         self._check(header, max_pixels)
         z_words, y_words, z_escapes, y_escapes = split_payload(data, header.lengths)
-        stride = structure.total_stride()
-        h, w = -(-header.height // stride), -(-header.width // stride)  # rounded up
-        z_shape = self.model.config["widths"]["z"], h, w
+        z_shape = self.model.config["widths"]["z"], *coarsest_size(header.height, header.width)
         z_symbols = coder.decode(z_words, z_escapes, channel_index(z_shape), self.tables["z"])
         mean, y_index = self.entropy_parameters(z_symbols.reshape(z_shape))
         y_symbols = coder.decode(y_words, y_escapes, y_index, self.tables["y"])
@@ -186,8 +194,8 @@ class ImageCoder:
 
     def _synthesis(self, y_hat):
         """y_hat (1, M, H/16, W/16), gains undone -> g_s's picture (H', W', 3) uint8."""
-        parts = []
-        for x_hat in strips.up("g_s", self._run(self.g_s), y_hat):
+        g_s, parts = self._run(self.g_s), []
+        for (x_hat,) in strips.up("g_s", lambda rows: (g_s(rows),), y_hat):
             pixels = ((x_hat[0] + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
             parts.append(pixels.permute(1, 2, 0).numpy())
         return np.concatenate(parts)
@@ -237,10 +245,15 @@ def padded(image):
     return to_tensor([pad_edges(image)])
 
 
+def coarsest_size(height, width):
+    """Height and width of an image's coarsest latent, z: so many strides, rounded up."""
+    stride = structure.total_stride()
+    return math.ceil(height / stride), math.ceil(width / stride)
+
+
 def padded_pixels(height, width):
     """Pixels of an image after padding: what its size costs in memory."""
-    stride = structure.total_stride()
-    return -(-height // stride) * -(-width // stride) * stride**2
+    return math.prod(coarsest_size(height, width)) * structure.total_stride() ** 2
 
 
 def channel_index(shape):

@@ -37,14 +37,14 @@ class PlainAns:
 
     def _refill(self):
         if self.stack:
-            self.state = self.state << WORD | self.stack.pop()
+            self.state = (self.state << WORD) | self.stack.pop()
 
     def push(self, entries, counts):
         """Code entries (n,) of the table `counts`, the last one first."""
         starts = np.cumsum(counts) - counts
         for entry in reversed(entries.tolist()):
             count, start = int(counts[entry]), int(starts[entry])
-            if self.state >> 64 - PRECISION >= count:  # the state would outgrow its 64 bits
+            if (self.state >> (64 - PRECISION)) >= count:  # the state would outgrow its 64 bits
                 self.stack.append(self.state % 2**WORD)
                 self.state >>= WORD
             quotient, remainder = divmod(self.state, count)

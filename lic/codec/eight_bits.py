@@ -108,6 +108,7 @@ class QuantizedConvolution(nn.Module):
         return convolve(self, self.quantized_input(x), self.weight, self.bias)
 
     def quantized_input(self, x):
+        """x rounded to the grid of the layer's input, or x itself where that stays float."""
         if not self.input_range:
             return x
         low, high = self.input_range

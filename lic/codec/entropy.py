@@ -21,6 +21,7 @@ from lic.codec.gradients import lower_bound, upper_bound
 
 MAX_BITS = 24.0  # of a symbol in the coder's table: its least probability is 2^-24
 SCALE_MIN, SCALE_MAX, SCALE_LEVELS = 0.11, 256.0, 64
+HIDDEN, SPREAD = (3, 3, 3), 10.0  # of z's densities: units; the width that they start with
 FARTHEST = 1000.0  # scales from the mean; 720,000 bits
 LOG_SCALE_MIN = math.log(SCALE_MIN)
 LOG_SCALE_STEP = (math.log(SCALE_MAX) - LOG_SCALE_MIN) / (SCALE_LEVELS - 1)
@@ -52,20 +53,20 @@ class EntropyBottleneck(nn.Module):
     logits = f_K(... f_1(v)), cdf = sigmoid(logits), with
     f_k(v) = u + tanh(a_k) * tanh(u),  u = softplus(H_k) v + b_k      (no tanh in f_K)
     which rises in v because softplus > 0 and |tanh(a_k)| < 1.
-    Every tensor's axis 0 is the channel. `spread` is the width that the density starts with.
+    Every tensor's axis 0 is the channel. K = 4: HIDDEN units between.
     A channel has structure.PRIOR_PARAMETERS numbers.
     """
 
-    def __init__(self, channels, hidden=(3, 3, 3), spread=10.0):
+    def __init__(self, channels):
         super().__init__()
-        sizes = (1, *hidden, 1)
-        gain = spread ** (-1 / (len(sizes) - 1))
+        sizes = (1, *HIDDEN, 1)
+        gain = SPREAD ** (-1 / (len(sizes) - 1))
         self.H, self.b, self.a = nn.ParameterList(), nn.ParameterList(), nn.ParameterList()
         for fan_in, fan_out in zip(sizes[:-1], sizes[1:]):
             start = math.log(math.expm1(gain / fan_out))  # softplus(start) = gain / fan_out
             self.H.append(torch.full((channels, fan_out, fan_in), start))
             self.b.append(torch.empty(channels, fan_out, 1).uniform_(-0.5, 0.5))
-        for size in hidden:
+        for size in HIDDEN:
             self.a.append(torch.zeros(channels, size, 1))
 
     def logits(self, v):
@@ -101,7 +102,9 @@ class GaussianConditional(nn.Module):
 
     @staticmethod
     def bits(y, mean, log_scale):
-        """-log2 P(y - 1/2 < Y < y + 1/2) of each element, all of shape (B, M, h, w); not bounded.
+        """-log2 P(y - 1/2 < Y < y + 1/2) of each element, all of shape (B, M, h, w).
+
+        At most those of FARTHEST, some 720,000.
 
         In the logarithm: a difference of two cdf values is exactly 0 in float32 some ten scales
         from the mean, and so is its gradient.
@@ -111,7 +114,7 @@ class GaussianConditional(nn.Module):
         # The gradient of log_ndtr is no number in float32 some 10^4 scales out. Beyond FARTHEST
         # the bits stay those of FARTHEST, and the gradient of upper_bound lets y come back.
         distance = upper_bound((y - mean).abs() / scale, FARTHEST)
-        # the density is symmetric: look at the lower tail, where both edges of the bin then lie
+        # the density is symmetric: mirrored, so that the bin lies at or below the mean
         upper = torch.special.log_ndtr(0.5 / scale - distance)
         lower = torch.special.log_ndtr(-0.5 / scale - distance)
         log_mass = upper + torch.log(-torch.expm1(lower - upper))

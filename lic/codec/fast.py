@@ -23,7 +23,7 @@ from lic.codec.gdn import GDN, IGDN
 from lic.codec.integer import h_s_layers
 from lic.codec.structure import phase_kernels, subpixel
 
-STRIP = 2**18  # numbers of x: 1 MiB, which stays in a core's cache
+IN_CACHE = 2**18  # numbers of x: 1 MiB, which stays in a core's cache
 OUTPUTS = 256  # channels that one kernel makes: with 384 each takes twice as long
 
 
@@ -46,7 +46,7 @@ class StripGDN(nn.Module):
             return self.gdn(x)
         channels = x.shape[1]
         positions = x.permute(0, 2, 3, 1).view(-1, channels)  # of the same memory
-        for strip in positions.split(max(1, STRIP // channels)):
+        for strip in positions.split(max(1, IN_CACHE // channels)):
             energy = torch.addmm(self.beta, strip * strip, self.gamma)
             strip.mul_(self.root(energy, out=energy))
         return x
@@ -95,9 +95,10 @@ class Int8Convolution(nn.Module):
         self.transposed = layer.transposed
         weight, weight_scale, bias = layer.integer_weight(), weight_scale.detach(), bias.detach()
         self.largest_sum = 0  # that the kernels can meet
-        self.kernels = []  # each makes some channels, or (row, column, kernel) some positions
+        self.channel_kernels = []  # each makes some channels,
+        self.phase_kernels = []  # or, (row, column, kernel), one phase of a transposed convolution
 
-        def kernel(part, channels, stride, padding):
+        def make_kernel(part, channels, stride, padding):
             sums = part.abs().flatten(1).sum(1)
             self.largest_sum = max(self.largest_sum, self.largest * sums.max().item())
             return Int8Kernel(
@@ -107,12 +108,13 @@ class Int8Convolution(nn.Module):
 
         if self.transposed:
             for row, column, part in phase_kernels(weight):
-                self.kernels.append((row, column, kernel(part, slice(None), (1, 1), (1, 1))))
+                kernel = make_kernel(part, slice(None), (1, 1), (1, 1))
+                self.phase_kernels.append((row, column, kernel))
         else:
             for start in range(0, self.channels, OUTPUTS):
                 channels = slice(start, start + OUTPUTS)
-                part = weight[channels]
-                self.kernels.append(kernel(part, channels, layer.stride, layer.padding))
+                kernel = make_kernel(weight[channels], channels, layer.stride, layer.padding)
+                self.channel_kernels.append(kernel)
 
     def forward(self, x):
         """(B, in, h, w) -> what the layer makes of it, (B, out, h', w')."""
@@ -121,12 +123,12 @@ class Int8Convolution(nn.Module):
         q = q.clamp_(0, self.largest).to(torch.uint8).contiguous(memory_format=torch.channels_last)
         dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else torch.float32
         if not self.transposed:
-            parts = [kernel(q, dtype) for kernel in self.kernels]
+            parts = [kernel(q, dtype) for kernel in self.channel_kernels]
             return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         B, _, h, w = q.shape
         size = B, self.channels, 2 * h, 2 * w
         made = torch.empty(size, dtype=dtype, memory_format=torch.channels_last)
-        for row, column, kernel in self.kernels:
+        for row, column, kernel in self.phase_kernels:
             # padded on all sides, the kernels of odd rows or columns begin one input too early
             made[:, :, row::2, column::2] = kernel(q, dtype)[:, :, row:, column:]
         return made
@@ -194,7 +196,7 @@ def speed_up(coder):
 def tell_of_simulation():
     print(
         "note: torch has no exact int8 convolution on this CPU; 8 bits are simulated, "
-        "with the same symbols in every file, and no faster than float",
+        "each file is decoded to the same symbols, no faster than with floats",
         file=sys.stderr,
     )
 

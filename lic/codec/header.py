@@ -14,6 +14,7 @@ MAGIC, VERSION = b"LIC\x89", 2
 FIELDS = struct.Struct("<4sBHII8s4I")
 CHECKSUMS = struct.Struct("<II")  # of FIELDS and the symbols; of the file but for this last number
 SIZE = FIELDS.size + CHECKSUMS.size  # 47 bytes
+MAX_SYMBOL = 2**30  # |z| and |y - mean| stay below
 
 
 class Header(NamedTuple):
@@ -25,7 +26,8 @@ class Header(NamedTuple):
 
     def fields(self):
         """The first 39 bytes of the file."""
-        return FIELDS.pack(MAGIC, VERSION, *self[:4], *self.lengths)
+        size = self.height, self.width
+        return FIELDS.pack(MAGIC, VERSION, self.quality, *size, self.fingerprint, *self.lengths)
 
 
 def pack_file(header, symbols_crc, payload):

@@ -22,11 +22,11 @@ from torch.nn import functional as F
 from lic.codec import structure
 from lic.codec.eight_bits import WIDE, convolve
 from lic.codec.entropy import LOG_SCALE_MIN, LOG_SCALE_STEP, SCALE_LEVELS
+from lic.codec.header import MAX_SYMBOL
 from lic.codec.model import SLOPE
 from lic.files import LicError
 
 MEAN_UNIT = 2.0**-12
-MAX_SYMBOL = 2**30  # |z| and |y - mean| stay below
 
 
 def h_s_layers(h_s):

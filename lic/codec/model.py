@@ -76,9 +76,8 @@ def network(name, widths):
         c_in, c_out = channels[layer.reads], channels[layer.makes]
         modules[layer.name.split(".")[1]] = convolution(layer, c_in, c_out)
         if layer.then:
-            then = {"gdn": GDN, "igdn": IGDN}.get(layer.then)
-            module = then(c_out) if then else nn.LeakyReLU(SLOPE)
-            modules[layer.then_name.split(".")[1]] = module
+            make = {"gdn": GDN, "igdn": IGDN, "lrelu": lambda _: nn.LeakyReLU(SLOPE)}[layer.then]
+            modules[layer.then_name.split(".")[1]] = make(c_out)
     return nn.Sequential(modules)
 
 
@@ -143,5 +142,6 @@ class Codec(nn.Module):
             y_coded, z_coded = add_noise(y, share), add_noise(z, share)
         y_bits = self.prior_y.bits(y_coded, mean, log_scale)
         z_bits = self.prior_z.bits(z_coded)
+        # z is limited within prior_z.bits, whose bound passes the gradient that lowers them
         y_bits = soft_limit(y_bits) if self.training else y_bits.clamp(max=MAX_BITS)
         return Output(x_hat, y_bits.sum((2, 3)), z_bits.sum((2, 3)))

@@ -14,6 +14,7 @@ from lic.codec import structure
 
 WHOLE = 2**22  # pixels of the picture up to which it passes in one piece
 STRIP = 2**20  # pixels of a strip, about
+MARGINS = 4  # a strip has at least so many times the rows of its margin, which are computed twice
 
 
 def reach(network):
@@ -38,7 +39,7 @@ def row_ranges(height, width, side, margin):
     """
     rows = height
     if height * width * side**2 > WHOLE:
-        rows = max(1, STRIP // (width * side**2))
+        rows = max(1, MARGINS * margin, STRIP // (width * side**2))
     for start in range(0, height, rows):
         end = min(start + rows, height)
         yield start, end, max(0, start - margin), min(height, end + margin)
@@ -57,18 +58,16 @@ def down(name, network, height, width, rows_of):
 
 
 def up(name, network, x):
-    """What g_s or h_s makes of x (1, C, h, w), strip by strip: yields tensors, from top to bottom.
+    """What g_s or h_s makes of x (1, C, h, w), strip by strip, from top to bottom.
 
-    Those of h_s are what its `network` returns, a tensor or a tuple of tensors.
+    network: returns a tuple of tensors; yields such tuples.
     """
     height, width = x.shape[2:]
     for start, end, first, last in row_ranges(height, width, coarse_side(name), reach(name)):
-        made = network(x[:, :, first:last])
-        parts = made if isinstance(made, tuple) else (made,)
+        parts = network(x[:, :, first:last])
         scale = parts[0].shape[2] // (last - first)
         kept = slice(scale * (start - first), scale * (end - first))
-        parts = tuple(part[:, :, kept] for part in parts)
-        yield parts if isinstance(made, tuple) else parts[0]
+        yield tuple(part[:, :, kept] for part in parts)
 
 
 def coarse_side(name):

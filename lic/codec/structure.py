@@ -49,7 +49,10 @@ class Layer(NamedTuple):
 
     @property
     def then_name(self):
-        """Name of the module that its output passes through: g_a.gdn1 after g_a.conv1."""
+        """Name of the module that its output passes through: g_a.gdn1 after g_a.conv1.
+
+        None if there is none. An IGDN is called gdn, too.
+        """
         return self.name.replace("conv", self.then.removeprefix("i")) if self.then else None
 
 

@@ -69,12 +69,12 @@ def tables_of(cdf, count):
 def smallest_integer(condition, count):
     """Smallest v in [-REACH, REACH] from which on condition(v) holds, by bisection: (count,).
 
-    condition: (count,) integers -> (count,) bool, once true true for all larger ones.
+    condition: (count,) integers -> (count,) bool; where it is true, so it is for all larger ones.
     """
     low, high = np.full(count, -REACH), np.full(count, REACH)
     while (low < high).any():
         middle = (low + high) // 2
         holds = condition(middle)
         high = np.where(holds, middle, high)
-        low = np.where(holds, low, np.minimum(middle + 1, high))
+        low = np.where(holds, low, np.minimum(middle + 1, high))  # a finished one stays
     return low

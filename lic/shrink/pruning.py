@@ -33,7 +33,7 @@ def narrow(model, keep, statistics=None):
     widths = widths | {group: len(indices) for group, indices in keep.items()}
     narrowed = Codec(model.config | {"widths": widths}).to(model.log_gain.dtype)
     narrowed.load_state_dict(state)
-    return narrowed.to(memory_format=torch.channels_last)
+    return narrowed.to(memory_format=torch.channels_last).eval()
 
 
 def best_cut(model, keep, x, loss):
@@ -124,9 +124,9 @@ def importance(model, statistics, measure="residual"):
         return residual(model, statistics)
     if measure == "l1":
         scores = {}
-        for group, (made_by, _, _) in structure.groups().items():
-            weights = structure.weight_rows(model.get_submodule(made_by))
-            scores[group] = weights.abs().sum(1)
+        for name, group in structure.groups().items():
+            weights = structure.weight_rows(model.get_submodule(group.made_by))
+            scores[name] = weights.abs().sum(1)
         return scores
     raise ValueError(measure)
 
@@ -140,20 +140,21 @@ def residual(model, statistics):
     and Stork, NIPS 1992), a channel at a time.
     """
     ranks = {}
-    for group, (_, _, used_by) in structure.groups().items():
-        reader = model.get_submodule(used_by[0])
-        covariance = statistics.inputs[used_by[0]].covariance()
+    for name, group in structure.groups().items():
+        first_reader = group.used_by[0]
+        reader = model.get_submodule(first_reader)
+        covariance = statistics.inputs[first_reader].covariance()
         width = len(covariance)
         ridge = 1e-6 * covariance.diagonal().mean() + 1e-12
         P = torch.linalg.inv(covariance + ridge * torch.eye(width, dtype=covariance.dtype))
         _, in_axis = structure.channel_axes(reader)
         energy = reader.weight.detach().double().square()
         strength = energy.transpose(0, in_axis).sum((1, 2, 3))  # |W_c|^2, (width,)
-        ranks[group] = torch.zeros(width)
+        ranks[name] = torch.zeros(width)
         left = torch.ones(width, dtype=torch.bool)
         for rank in range(width):
             c = torch.where(left, strength / P.diagonal(), torch.inf).argmin()
-            ranks[group][c] = rank
+            ranks[name][c] = rank
             left[c] = False
             # the inverse covariance without c; its row and column become 0
             P = P - P[:, c, None] * P[c] / P[c, c]

@@ -25,7 +25,7 @@ from lic.codec.eight_bits import WEIGHT, fake_quantize
 from lic.shrink.quantization import largest_scale
 from lic.shrink.statistics import listening
 
-RIDGE = 1e-3  # of the mean power, added to each: what is seen of u is a sample
+PATCH_RIDGE = 1e-3  # of the mean power, added to each: what is seen of u is a sample
 PATCHES = 512  # at most, of each layer's input, for four images
 
 
@@ -108,14 +108,12 @@ def tap_groups(layer):
     if not layer.transposed:
         everything = torch.arange(layer.weight[0].numel())
         return [(everything, everything)]
-    weights = torch.arange(layer.in_channels * 25).view(-1, 5, 5)
+    weights = torch.arange(layer.in_channels * 25).view(-1, 1, 5, 5)
     entries = torch.arange(layer.in_channels * 9).view(-1, 3, 3)
     groups = []
-    for row, tap_rows in enumerate(structure.PHASES):
-        for column, tap_columns in enumerate(structure.PHASES):
-            met_weights = weights[:, tap_rows][:, :, tap_columns]
-            met_entries = entries[:, row:, column:]  # an odd phase begins an input later
-            groups.append((met_weights.flatten(), met_entries.flatten()))
+    for row, column, met in structure.phase_kernels(weights):
+        met_entries = entries[:, row:, column:]  # an odd phase begins an input later
+        groups.append((met.flatten(), met_entries.flatten()))
     return groups
 
 
@@ -131,7 +129,7 @@ def round_rows(W, H):
     # the loudest first, while many can make it good
     order = H.diagonal().argsort(descending=True, stable=True)
     W, H = W[:, order], H[order][:, order]
-    ridge = RIDGE * H.diagonal().mean().clamp(min=1e-30)  # an input may be always 0
+    ridge = PATCH_RIDGE * H.diagonal().mean().clamp(min=1e-30)  # an input may be always 0
     H = H + ridge * torch.eye(len(H), dtype=H.dtype)
     U = torch.linalg.cholesky(torch.linalg.inv(H), upper=True)
     Q = torch.empty_like(W)

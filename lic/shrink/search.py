@@ -128,14 +128,15 @@ def uniform_widths(config, share, target):
 
 
 def evolve(rise, share, start, config, tries, rng, report=print):
-    """Widths of the least rise found among `tries` plans that cost no more than the plan `start`.
+    """Widths of the least rise found among `tries` plans that remove as much as the plan `start`.
 
     Each try crosses two of the best plans group by group, moves two groups by one to three
-    multiples, then spends what is left of the budget; a plan that was there before is not measured
-    again. After Real et al., "Regularized evolution for image classifier architecture search",
-    arXiv:1802.01548, but with crossover, and the best are kept, none dies of age.
+    multiples, then narrows or widens groups until as much is removed as was, and hardly more; a
+    plan that was there before is not measured again. After Real et al., "Regularized evolution for
+    image classifier architecture search", arXiv:1802.01548, but with crossover, and the best are
+    kept, none dies of age.
     """
-    groups, budget = list(start), share(start)
+    groups, least_share = list(start), share(start)
     population = [(rise(start), start)]
     seen = {tuple(start.values())}
     report(f"try 0: rise of J {population[0][0]:+.2%}")
@@ -148,7 +149,7 @@ def evolve(rise, share, start, config, tries, rng, report=print):
             child[group] = parent[group]
         for group in rng.choice(groups, 2, replace=False):
             child[group] += MULTIPLE * int(rng.choice([-3, -2, -1, 1, 2, 3]))
-        fit_budget(child, share, config["widths"], budget, rng)
+        fit_share(child, share, config["widths"], least_share, rng)
         if tuple(child.values()) in seen:
             continue
         seen.add(tuple(child.values()))
@@ -160,19 +161,19 @@ def evolve(rise, share, start, config, tries, rng, report=print):
     return population[0][1]
 
 
-def fit_budget(widths, share, full, budget, rng):
-    """Bring a plan to the sparsity `budget`, in place.
+def fit_share(widths, share, full, least_share, rng):
+    """Change a plan, in place, so that it removes `least_share` and hardly more.
 
-    Random groups are narrowed until it is reached, then others widened while it stays there.
+    Random groups are narrowed until so much is removed, then groups widened while it still is.
     """
     for group, width in widths.items():
         widths[group] = min(full[group], max(MULTIPLE, width))
-    while share(widths) < budget:
+    while share(widths) < least_share:
         group = rng.choice([group for group in widths if widths[group] > MULTIPLE])
         widths[group] = max(MULTIPLE, widths[group] - MULTIPLE)
     for group in rng.permutation(list(widths)):
         while widths[group] < full[group]:
             wider = min(full[group], widths[group] + MULTIPLE)
-            if share(widths | {group: wider}) < budget:
+            if share(widths | {group: wider}) < least_share:
                 break
             widths[group] = wider

@@ -6,7 +6,8 @@ and 8 bits make some layers faster than others. So each layer is timed at a few 
     milliseconds = a * million multiply-accumulates + b * million numbers read and written + c
 
 is fitted to it, with a, b, c >= 0. The layers run as in a coder of the quantized codec: in 8 bits
-where the machine has the kernels, GDN in float32. What the entropy coder takes is not counted.
+where the machine has the kernels, GDN in float32. Only convolutions and GDN are counted: neither
+leaky ReLUs nor the rounding between the layers of h_s, nor entropy coding.
 """
 
 import itertools
@@ -24,7 +25,7 @@ from lic.program import processor
 from lic.shrink.search import round_width
 
 HEIGHT, WIDTH = 512, 768  # of the picture that is timed, pixels
-RATIOS = [1.0, 0.8, 0.6, 0.4, 0.2]  # of the codec's widths
+TIMED_RATIOS = [1.0, 0.8, 0.6, 0.4, 0.2]  # of the codec's widths
 ROUNDS, WARM_UP = 12, 3  # how often; the first are not counted
 
 
@@ -36,7 +37,7 @@ def time_layers(config, decodings=1):
     "coefficients": {layer: [a, b, c]}, ms for one picture of 768x512.
     """
     coders, rows, taken = [], [], []
-    for ratio in RATIOS:
+    for ratio in TIMED_RATIOS:
         widths = {group: round_width(ratio * full) for group, full in config["widths"].items()}
         coders.append(random_coder(config | {"widths": widths}))
         rows.append(layer_work(widths))

@@ -28,12 +28,12 @@ from lic.codec.entropy import LOG_SCALE_MIN, LOG_SCALE_STEP, soft_limit
 from lic.codec.strips import coarse_side, reach
 from lic.files import MAX_PIXELS
 from lic.images import to_tensor
-from lic.metrics import psnr, squared_error
-from lic.train.loop import Progress
+from lic.metrics import bits_per_pixel, psnr, squared_error
+from lic.train.progress import Progress
 from lic.train.tiles import tiles_of
 
 LEARNING_RATE = 0.01  # of Adam: a latent moves about so far in a step
-FARTHEST = 1.0  # of a latent, in all steps: so a long search takes smaller ones
+MAX_MOVE = 1.0  # of a latent, in all steps: so a long search takes smaller ones
 TAU, TAU_HELD, TAU_FALL = 0.5, 0.35, 2.0  # see `temperature`
 SOFTNESS = 0.5
 NEAREST = 1e-4  # to an integer; a latent that is nearer counts as so near, and has no gradient
@@ -56,7 +56,7 @@ def encode(coder, image, quality=None, effort=60, max_pixels=MAX_PIXELS, verbose
     losses = []
     for name, data in (("plain", plain), ("searched", searched)):
         decoded = coder.decode(data, max_pixels)
-        bpp = 8 * len(data) / (image.shape[0] * image.shape[1])
+        bpp = bits_per_pixel(len(data), image)
         losses.append(bpp + lmbda * squared_error(image, decoded))
         if verbose:
             dB = psnr(image, decoded)
@@ -79,7 +79,8 @@ def search(coder, image, y, z, level, lmbda, steps, verbose=False):
     _, inverse_gain = model.gains(torch.tensor([level]))
     mean, log_scale = coded_with(coder, z)
     v = y - mean
-    tiles, noise = tiles_of(*v.shape[2:]), torch.Generator().manual_seed(0)
+    tiles = tiles_of(*v.shape[2:])
+    noise = torch.Generator().manual_seed(0)
     progress = Progress(len(tiles) * steps) if verbose else None
 
     def report(v, **figures):
@@ -113,7 +114,7 @@ def train_latents(model, x, v, mean, log_scale, own, inverse_gain, lmbda, steps,
     report is called after each step, with v and with J, bpp_y and PSNR of what was tried.
     """
     v = v.clone().requires_grad_()
-    adam = torch.optim.Adam([v], lr=min(LEARNING_RATE, FARTHEST / steps))
+    adam = torch.optim.Adam([v], lr=min(LEARNING_RATE, MAX_MOVE / steps))
     for step in range(steps):
         tau = temperature(step / steps)
         y_hat = torch.where(own, annealed(v, tau, noise), v.round()) + mean

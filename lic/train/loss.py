@@ -27,7 +27,10 @@ def level_weights(lambdas):
 
 @torch.no_grad()
 def image_losses(model, x, amp=False):
-    """J of every level and image with real rounding; x (B, 3, H, W) -> (levels, B) float64."""
+    """J of every level and image with real rounding; x (B, 3, H, W) -> (levels, B) float64.
+
+    Leaves the model in eval mode.
+    """
     model.eval()
     losses = []
     for level, lmbda in enumerate(model.lambdas):

@@ -30,32 +30,33 @@ class Lost(LicError):
     """Another process has ended."""
 
 
-def count():
+def process_count():
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def rank():
-    return int(os.environ.get("RANK", 0)) if count() > 1 else 0
+    return int(os.environ.get("RANK", 0)) if process_count() > 1 else 0
 
 
 def check_batch(batch):
-    if batch % count():
+    if batch % process_count():
         raise LicError(
-            f"--batch {batch} cannot be shared among {count()} processes; make it a multiple"
+            f"--batch {batch} cannot be shared among {process_count()} processes; "
+            "make it a multiple"
         )
 
 
-def meet():
+def join_group():
     """Wait until all processes are here, once; then, and from then on, only process 0 prints.
 
     Process 0 comes when it has checked the arguments and opened the photographs, the others before:
     so what is wrong is said once, and the photographs are decoded once.
     """
-    if count() == 1 or distributed.is_initialized():
+    if process_count() == 1 or distributed.is_initialized():
         return
     if rank() > 0:
         sys.stdout = PatientLog(None)
-    print(f"waiting until all {count()} processes are here", flush=True)
+    print(f"waiting until all {process_count()} processes are here", flush=True)
     # torch waits where no handler of Python's is run
     handlers = {n: signal.signal(n, signal.SIG_DFL) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -80,14 +81,17 @@ def choose_gpu():
     torch.cuda.set_device(number)
 
 
-def same_start(model, step):
-    """Give all processes the weights of process 0; raises LicError if one is at another step."""
-    if count() == 1:
+def same_start(model, optimizer, step):
+    """Give all processes the weights of process 0; raises LicError if one is at another step.
+
+    And what the optimizer derives from them, the logarithms of scales.
+    """
+    if process_count() == 1:
         return
     first = torch.tensor(step)
     with nobody_lost():
         distributed.broadcast(first, 0)
-        for tensor in model.state_dict().values():
+        for tensor in [*model.state_dict().values(), *optimizer.logs]:
             plain = tensor.contiguous()  # channels_last is not sent
             distributed.broadcast(plain, 0)
             tensor.copy_(plain)
@@ -105,30 +109,30 @@ def average_gradients(model, interrupted):
     """
     names, parameters = zip(*model.named_parameters())
     flag = parameters[0].new_full((1,), bool(interrupted))
-    if count() == 1:
+    if process_count() == 1:
         return flag[0]
     flat = torch.cat([p.grad.flatten() for p in parameters] + [flag])
     with nobody_lost():
         distributed.all_reduce(flat)
-    flat /= count()
+    flat /= process_count()
     *gradients, flag = flat.split([p.numel() for p in parameters] + [1])
     for name, parameter, gradient in zip(names, parameters, gradients):
         if name.endswith("input_scale"):  # the root of the share's size is in it: eight_bits.py
-            gradient /= count() ** 0.5
+            gradient /= process_count() ** 0.5
         parameter.grad = gradient.view(parameter.shape)
     return flag[0]
 
 
 def wait_for_all():
     """Until process 0 has saved: torchrun ends it soon after another one has ended."""
-    if count() > 1:
+    if process_count() > 1:
         with nobody_lost():
             distributed.barrier()
 
 
-def part():
+def leave_group():
     """From here on each process is alone."""
-    if count() > 1:
+    if process_count() > 1:
         distributed.destroy_process_group()
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from lic.files import UNREADABLE, LicError, claim_output, read_tensors, write_tensors
-from lic.train.processes import check_batch, meet, rank
+from lic.files import UNREADABLE, LicError, read_tensors, write_tensors
+from lic.train.processes import rank
 from lic.train.schedule import milestones
 
 FORMAT = "lic state"
@@ -54,68 +54,9 @@ def read_state(path, otherwise):
     return torch.load(io.BytesIO(payload), weights_only=True, map_location="cpu")
 
 
-def parse_training_args(parser):
-    """The arguments of a stage that trains; with --resume what is not given is as it was.
-
-    Raises LicError for options that cannot go together.
-    """
-    args = parser.parse_args()
-    if rank() > 0:  # what is wrong from here on the first process says
-        meet()
-    if args.finish and not args.resume:
-        raise LicError("--finish ends a run that was stopped: give --resume, too")
-    if args.validation and not args.data:
-        raise LicError("--validation needs --data, the photographs to train on")
-    if not args.resume:
-        return args
-    path = state_path(args.out)
-    if not Path(path).exists():
-        raise LicError(f"there is no {path} to go on from; start without --resume")
-    state = read_state(path, f"{path} holds no training state; start without --resume")
-    saved, command = state["arguments"], Path(sys.argv[0]).name
-    if state["command"] != command:
-        raise LicError(f"{path} is a run of {state['command']}, not of {command}")
-    for key in ("preset", "plan", "checkpoint", "lambdas", "control", "synthetic"):
-        given = vars(args).get(key)
-        if given != parser.get_default(key) and given != saved.get(key):
-            raise LicError(f"--resume: {key} was {saved.get(key)!r}, is {given!r}")
-    of_this_call = ("resume", "finish", "overwrite", "out")
-    parser.set_defaults(**{k: v for k, v in saved.items() if k not in of_this_call})
-    print(f"going on from {path}, step {state['step']} of {state['settings']['steps']}")
-    return parser.parse_args()
-
-
 def state_path(out):
     """OUT.state, beside what OUT names if it is a link."""
     return os.path.realpath(out) + ".state"
-
-
-def check_out(args):
-    """Before a stage reads anything: may it write args.out, and train anew?
-
-    Raises LicError if not: files.claim_output, or a run that was stopped or whose checkpoint could
-    not be written would be lost. Of several processes the first asks for all.
-    """
-    if rank() > 0:
-        return
-    check_batch(args.batch)
-    overwrite = args.overwrite or args.resume
-    inputs = [name for name in (args.checkpoint, getattr(args, "plan", None)) if name]
-    claim_output(args.out, ".pt", overwrite, inputs)
-    path = state_path(args.out)
-    if Path(path).is_dir():
-        raise LicError(f"{path} is a folder, where the state of this run is to be; remove it")
-    if overwrite or not args.steps or not Path(path).exists():
-        return
-    state = read_state(path, f"{path} is in the way and no training state; remove it")
-    done, steps = state["step"], state["settings"]["steps"]
-    if done < steps:
-        what = f"{path} holds a run that was stopped at step {done} of {steps}"
-    elif not Path(args.out).exists() or not Path(args.out).stat().st_size:
-        what = f"{path} holds a finished run whose checkpoint was not written"
-    else:
-        return
-    raise LicError(f"{what}; go on with --resume, or begin anew with --overwrite")
 
 
 def load_state(path, model, optimizer, settings):
