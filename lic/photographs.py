@@ -261,14 +261,16 @@ def check_space(paths, folder):
 
     Their sizes are those that a hundred of them give in their headers.
     """
-    sample, pixels = paths[:: len(paths) // 100 + 1], 0
+    sample = paths[:: len(paths) // 100 + 1]
+    pixels = 0
     for path in sample:
         try:
             with pillow_limits(), Image.open(path) as file:
                 pixels += file.size[0] * file.size[1]
         except Exception:  # read_image will say it
             pass
-    needed, free = 3 * pixels * len(paths) // len(sample), shutil.disk_usage(folder).free
+    needed = 3 * pixels * len(paths) // len(sample)
+    free = shutil.disk_usage(folder).free
     if needed > free:
         raise LicError(
             f"the photographs take about {needed / 1e9:.1f} GB when they are decoded, and {folder} "

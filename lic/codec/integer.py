@@ -49,7 +49,8 @@ def freeze_h_s(model):
     training step: like the tables, its results travel in the checkpoint, because another machine's
     logarithm might give other ones. Raises LicError if a sum could reach 2^53.
     """
-    layers, M = h_s_layers(model.h_s), model.config["widths"]["y"]
+    layers = h_s_layers(model.h_s)
+    M = model.config["widths"]["y"]
     # of the last layer: the means in units of 2^-12, the log scales in steps of the table
     last_unit = torch.tensor([MEAN_UNIT, LOG_SCALE_STEP], dtype=torch.float64).repeat_interleave(M)
     last_zero = torch.tensor([0, LOG_SCALE_MIN], dtype=torch.float64).repeat_interleave(M)

@@ -23,7 +23,8 @@ def reach(network):
     On either side. A layer sees kernel // 2 rows of what it evaluates; on the way a row of a finer
     level is a fraction of a coarse one.
     """
-    where, rows = structure.positions(), 0.0
+    where = structure.positions()
+    rows = 0.0
     for layer in structure.layers_of(network):
         # a transposed convolution meets one input on either side, see structure.PHASES
         seen = layer.kernel // 2 if layer.kind == "conv" else 1
@@ -50,7 +51,8 @@ def down(name, network, height, width, rows_of):
 
     rows_of(start, end): the input's rows that belong to those rows of the output, a tensor.
     """
-    parts, side = [], coarse_side(name)
+    side = coarse_side(name)
+    parts = []
     for start, end, first, last in row_ranges(height, width, side, reach(name)):
         part = network(rows_of(first, last))
         parts.append(part[:, :, start - first : end - first])
