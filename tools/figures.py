@@ -354,7 +354,9 @@ def rounding(walk, pyplot, name="g_a.conv2"):
     left.grid(alpha=0.3)
     left.legend()
     gains = {layer: 10 * np.log10(factor) for layer, factor in better.items()}
-    right.barh(list(gains)[::-1], list(gains.values())[::-1])
+    few_patches = [layer.startswith("h") for layer in gains]  # for their weights: overfitted
+    colours = ["lightgrey" if few else "C0" for few in few_patches]
+    right.barh(list(gains)[::-1], list(gains.values())[::-1], color=colours[::-1])
     right.set(xlabel="less error in the layer's output than by the nearest integers, dB")
     save(figure, "rounding")
     print(f"{name}: {changed.float().mean():.1%} of the first row's weights are not the nearest "

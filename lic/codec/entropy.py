@@ -27,12 +27,12 @@ LOG_SCALE_MIN = math.log(SCALE_MIN)
 LOG_SCALE_STEP = (math.log(SCALE_MAX) - LOG_SCALE_MIN) / (SCALE_LEVELS - 1)
 
 
-def add_noise(y, share=(0, 1)):
+def add_noise(y, part=(0, 1)):
     """y + u, u ~ U(-1/2, 1/2): the differentiable stand-in for rounding in the rate.
 
-    share (k, n): y is the k-th part of a batch n times as large; u is that part of its noise.
+    part (k, n): y is the k-th part of a batch n times as large; u is that part of its noise.
     """
-    k, n = share
+    k, n = part
     whole = torch.cat([y.detach()] * n)  # for its shape and its layout
     return y + torch.rand_like(whole)[k * len(y) : (k + 1) * len(y)] - 0.5
 

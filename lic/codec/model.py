@@ -121,12 +121,12 @@ class Codec(nn.Module):
         inverse_gain = torch.exp(torch.lerp(inverse[low], inverse[high], weight))
         return gain[:, :, None, None], inverse_gain[:, :, None, None]
 
-    def forward(self, x, level, share=(0, 1)):
+    def forward(self, x, level, part=(0, 1)):
         """x (B, 3, H, W), level (B,) -> Output.
 
         The rate counts noisy latents in training mode (differentiable) and rounded ones in eval
         mode: what a file costs, but for escapes and for the 64 scales that the coder knows.
-        share (k, n): x is the k-th of n parts of a batch, all of which draw the noise of the whole.
+        part (k, n): x is the k-th of n parts of a batch, all of which draw the noise of the whole.
         """
         gain, inverse_gain = self.gains(level)
         # under autocast the networks return bf16; the rest stays in x's precision
@@ -139,7 +139,7 @@ class Codec(nn.Module):
 
         y_coded, z_coded = y_hat, z_hat
         if self.training:
-            y_coded, z_coded = add_noise(y, share), add_noise(z, share)
+            y_coded, z_coded = add_noise(y, part), add_noise(z, part)
         y_bits = self.prior_y.bits(y_coded, mean, log_scale)
         z_bits = self.prior_z.bits(z_coded)
         # z is limited within prior_z.bits, whose bound passes the gradient that lowers them

@@ -10,17 +10,17 @@ presets are in model.py.)
 A layer reads one group of channels and makes another. Twelve groups may be narrowed; with them
 go (the output of `python -m lic.codec.structure`):
 
-    group   made by     normalised by   used by
+    group   made by     normalised by   used by                 also cut in
     g_a.1   g_a.conv1   g_a.gdn1        g_a.conv2
     g_a.2   g_a.conv2   g_a.gdn2        g_a.conv3
     g_a.3   g_a.conv3   g_a.gdn3        g_a.conv4
-    y       g_a.conv4                   g_s.conv1, h_a.conv1    and h_s.conv3 twice, the gains
+    y       g_a.conv4                   g_s.conv1, h_a.conv1    h_s.conv3: mean, scale; the gains
     g_s.1   g_s.conv1   g_s.gdn1        g_s.conv2
     g_s.2   g_s.conv2   g_s.gdn2        g_s.conv3
     g_s.3   g_s.conv3   g_s.gdn3        g_s.conv4
     h_a.1   h_a.conv1                   h_a.conv2
     h_a.2   h_a.conv2                   h_a.conv3
-    z       h_a.conv3                   h_s.conv1               and prior_z
+    z       h_a.conv3                   h_s.conv1               prior_z
     h_s.1   h_s.conv1                   h_s.conv2
     h_s.2   h_s.conv2                   h_s.conv3
 
@@ -82,7 +82,7 @@ PRIOR_PARAMETERS = 43  # a channel of z: 24 + 10 + 9 in entropy.EntropyBottlenec
 class Group(NamedTuple):
     made_by: str  # name of a layer
     gdn: str | None  # the GDN that normalises it
-    used_by: list  # names of layers; the first, of y's two that of g_s, is where errors are judged
+    used_by: list  # names of the layers that read it; errors are judged at the first, y's in g_s
 
 
 def layers_of(network):
@@ -277,8 +277,8 @@ def subpixel(weight):
 def table_of_groups(widths=None):
     """The table above, as text; with widths, {group: channels}, in a first column."""
     (last,) = (layer.name for layer in LAYERS if layer.makes == MEAN_AND_SCALE)
-    extra = {"y": f"and {last} twice, the gains", "z": "and prior_z"}
-    lines = ["group   made by     normalised by   used by"]
+    extra = {"y": f"{last}: mean, scale; the gains", "z": "prior_z"}
+    lines = ["group   made by     normalised by   used by                 also cut in"]
     numbers = ["channels  "]
     for name, (made_by, gdn, used_by) in groups().items():
         line = f"{name:7} {made_by:11} {gdn or '':15} {', '.join(used_by):23} {extra.get(name, '')}"

@@ -67,8 +67,8 @@ def patch_moments(model, x, names=None):
     """E[u u^T] of the inputs of a quantized codec's layers over images: {layer: (K, K)}.
 
     x: (B, 3, H, W), each image at another level in turn. names: by default all convolutions. K is
-    in * k * k, with k = 3 for a transposed convolution; there should be several times as many
-    patches.
+    in * k * k, with k = 3 for a transposed convolution. More patches than K are better, and where
+    there are fewer PATCH_RIDGE keeps the rounding sane.
     """
     names = [layer.name for layer in structure.LAYERS] if names is None else names
     sums, counts = dict.fromkeys(names, 0), dict.fromkeys(names, 0)

@@ -20,23 +20,23 @@ class Batch(NamedTuple):
     level: torch.Tensor  # (b,) int64
 
 
-def batches_of(steps, images, levels, args, share):
+def batches_of(steps, images, levels, args, part):
     """The Batch of each step; for a GPU each is cut while the one before is trained on.
 
-    levels: how many there are. share (k, n): the k-th of n processes takes its n-th of a batch.
+    levels: how many there are. part (k, n): the k-th of n processes takes its n-th of a batch.
     """
-    one = partial(draw, images=images, levels=levels, args=args, share=share)
+    one = partial(draw, images=images, levels=levels, args=args, part=part)
     return ahead(one, steps) if args.device == "cuda" else map(one, steps)
 
 
-def draw(step, images, levels, args, share):
-    """The Batch of one step: all of it is drawn, but the pixels of the share alone are read."""
+def draw(step, images, levels, args, part):
+    """The Batch of one step: all of it is drawn, but the pixels of the part alone are read."""
     rng = np.random.default_rng([args.seed, step])
     noise = int(rng.integers(2**63))
     crops = random_crops(images, args.batch, args.crop, rng)
     level = rng.integers(levels, size=args.batch)
 
-    k, n = share
+    k, n = part
     own = slice(k * args.batch // n, (k + 1) * args.batch // n)
     pixels = torch.from_numpy(np.stack(crops[own]))
     if args.device == "cuda":

@@ -82,8 +82,8 @@ def fit(model, train, held_out, args, origin=None):
     if not args.resume and rank() == 0:  # an older run's state is not what this one goes on from
         Path(path).unlink(missing_ok=True)
     last = first if args.finish else args.steps
-    share = (rank(), process_count())
-    batches = batches_of(range(first, last), train, len(lambdas), args, share)
+    part = (rank(), process_count())
+    batches = batches_of(range(first, last), train, len(lambdas), args, part)
     progress, latest = Progress(args.steps, first), None
     with signals_kept() as received, told_once():
         for step, (noise, pixels, level) in enumerate(batches, first):
@@ -93,7 +93,7 @@ def fit(model, train, held_out, args, origin=None):
 
             model.train()
             with torch.autocast(x.device.type, torch.bfloat16, enabled=args.amp):
-                out = forward(x, level.float(), share)
+                out = forward(x, level.float(), part)
             J, y_bpp, z_bpp, mse = rate_distortion(out, x, lambdas[level])
             loss = (weights[level] * J).mean()
             loss.backward()
@@ -163,9 +163,9 @@ def compiled(model):
     # this mode records them as CUDA graphs
     fused = torch.compile(model, mode="reduce-overhead")
 
-    def forward(x, level, share):
+    def forward(x, level, part):
         try:
-            return fused(x, level, share)
+            return fused(x, level, part)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
