@@ -220,8 +220,13 @@ def test_the_tool_prints_a_row_a_variant(tmp_path, monkeypatch, capsys):
     Image.fromarray(dead_leaves(0)).save(tmp_path / "a.png")
     command = ["tools/effort.py", "--checkpoint", FOLDER / "quantized.pt", tmp_path]
     names = ["10 steps", "atanh, as in the paper", "SOFTNESS 0.7"]
-    assert run_script(monkeypatch, *command, "--levels", 0, 2, "--only", *names) == 0
-    rows = capsys.readouterr().out.splitlines()[2:]
-    assert len(rows) == 3
-    changes = [float(cell) for row in rows for cell in re.findall(r"([+-][0-9.]+)%", row)]
-    assert len(set(changes)) == 6 and max(changes) < 0
+    both = []
+    for precision in ([], ["--amp"]):
+        options = ["--levels", 0, 2, "--only", *names, *precision]
+        assert run_script(monkeypatch, *command, *options) == 0
+        rows = capsys.readouterr().out.splitlines()[2:]
+        assert len(rows) == 3
+        changes = [float(cell) for row in rows for cell in re.findall(r"([+-][0-9.]+)%", row)]
+        assert len(set(changes)) == 6 and max(changes) < 0
+        both.append(changes)
+    np.testing.assert_allclose(*both, atol=0.5)

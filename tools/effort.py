@@ -88,6 +88,7 @@ def parse_args():
     parser.add_argument("--crops", type=positive_whole_number, default=4,
                         help="photographs, of each the centre of 256x256 (default: 4)")
     parser.add_argument("--only", nargs="+", help="names of variants (default: all)")
+    parser.add_argument("--amp", action="store_true", help="search in bf16")
     # fmt: on
     return parser.parse_args()
 
@@ -99,7 +100,8 @@ class Search:
     """
 
     def __init__(self, coder, image, level):
-        self.model, self.level, self.losses = coder.model, float(level), []
+        self.model, self.amp = coder.model, coder.amp
+        self.level, self.losses = float(level), []
         self.lmbda = effort.lmbda_of(coder.model, self.level)
         height, width = image.shape[:2]
         self.x = padded(image)[:, :, :height, :width]
@@ -115,9 +117,10 @@ class Search:
         own = torch.ones(self.v.shape[2:], dtype=torch.bool)
         noise = torch.Generator().manual_seed(0)
         report = self.note if trace else lambda v, **figures: None
-        self.found = effort.train_latents(
-            self.model, self.x, self.v, self.mean, self.log_scale, own, self.inverse_gain,
-            self.lmbda, steps, noise, report)  # fmt: skip
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.amp):
+            self.found = effort.train_latents(
+                self.model, self.x, self.v, self.mean, self.log_scale, own, self.inverse_gain,
+                self.lmbda, steps, noise, report)  # fmt: skip
         if not trace:
             self.note(self.found)
         return self
@@ -157,7 +160,7 @@ def show_variants(args, coder):
 
 def main():
     args = parse_args()
-    coder = load(args.checkpoint)
+    coder = load(args.checkpoint, args.amp)
     coder.model.requires_grad_(False)
     show_variants(args, coder)
 
