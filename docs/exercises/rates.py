@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from lic.codec.checkpoint import load_checkpoint
 from lic.images import fixed_crops
 from lic.photographs import load_images
-from lic.train.stage import HELD_OUT_CROPS
 from lic.train.loss import rate_distortion
+from lic.train.stage import HELD_OUT_CROPS
 
 CROP = 128  # pixels, the default of train.py
 

@@ -194,7 +194,8 @@ class ImageCoder:
 
     def _synthesis(self, y_hat):
         """y_hat (1, M, H/16, W/16), gains undone -> g_s's picture (H', W', 3) uint8."""
-        g_s, parts = self._run(self.g_s), []
+        g_s = self._run(self.g_s)
+        parts = []
         for (x_hat,) in strips.up("g_s", lambda rows: (g_s(rows),), y_hat):
             pixels = ((x_hat[0] + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
             parts.append(pixels.permute(1, 2, 0).numpy())
