@@ -4,7 +4,8 @@
     python evaluate.py runs/small.pt runs/pruned.pt --data kodak/ --json runs/kodak.json
 
 For each checkpoint, level and image: the file is written, read back and decoded; bpp is 8 * bytes /
-pixels, quality is that of the decoded 8-bit image. Every figure is the mean over the images.
+pixels, quality is that of the decoded 8-bit image. Every figure is the mean over the images;
+MS-SSIM in dB is -10 log10(1 - that mean).
 BD-rate: PSNR, PCHIP over log rate, of each checkpoint against every other curve; negative is
 better.
 """
@@ -19,7 +20,7 @@ import torch
 
 from lic.codec.bitstream import padded_pixels
 from lic.codec.checkpoint import load_checkpoint
-from lic.files import MAX_PIXELS, LicError, claim_output, read_bytes, write_bytes
+from lic.files import MAX_PIXELS, UNREADABLE, LicError, claim_output, read_bytes, write_bytes
 from lic.images import dead_leaves, find_images, read_images, split
 from lic.measure import LOSSLESS, Record, measure_checkpoint, measure_classical, points
 from lic.metrics import bd_rate, shared_range
@@ -106,7 +107,7 @@ def load_published(path):
             pairs = zip(curve["bpp"], curve["psnr"], strict=True)
             curves[f"{name} (published)"] = [(float(bpp), float(dB)) for bpp, dB in pairs]
         return curves
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except UNREADABLE as error:
         raise LicError(f"{path} holds no curves like docs/kodak_published.json") from error
 
 

@@ -48,7 +48,7 @@ def parse_args():
                         "runs/control.pt by default")
     add_training_arguments(parser, steps=500, lr=1e-3, out="runs/pruned.pt")
     # fmt: on
-    if "--control" in sys.argv:
+    if "--control" in sys.argv:  # before parsing, where --resume looks for OUT.state
         parser.set_defaults(out="runs/control.pt")
     args = parse_training_args(parser)
     if args.control and args.plan != parser.get_default("plan"):
@@ -70,8 +70,13 @@ def main():
     if plan:
         dense = model.config
         keep = {group: torch.tensor(kept) for group, kept in plan["keep"].items()}
-        # search.py's crops: its training may have left out images that this one can use
+        # the crops that search.py saw: with a smaller --crop this stage has smaller images, too
         large = [image for image in train if min(image.shape[:2]) >= plan["crop"]]
+        if not large:
+            raise LicError(
+                f"no training image holds the plan's crops of {plan['crop']} pixels; give the "
+                "--data that search.py had, or search again with a smaller --crop"
+            )
         calibration = fixed_crops(large, plan["crops"], plan["crop"])
         model, J_cut = best_cut(model, keep, calibration, mean_loss)
         print(

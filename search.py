@@ -33,9 +33,14 @@ from lic.shrink.plan import load_plan, save_plan
 from lic.shrink.pruning import importance, most_important, narrow
 from lic.shrink.statistics import observe
 from lic.shrink.timing import milliseconds, time_layers
-from lic.train.stage import add_image_arguments, data_option, images_for
 from lic.train.loss import mean_loss
 from lic.train.processes import choose_gpu
+from lic.train.stage import (
+    add_image_arguments,
+    check_image_arguments,
+    data_option,
+    images_for,
+)
 
 
 def parse_args():
@@ -111,13 +116,14 @@ class Cutter:
         return mean_loss(narrowed.to(self.x.device), self.x, self.amp)
 
     def rise(self, widths):
-        """The same relative to the whole codec's, mean over the levels."""
+        """Relative rise of J over the whole codec's, mean over the levels: a number."""
         return (self.loss(widths) / self.J - 1).mean().item()
 
 
 def main():
     args = parse_args()
-    inputs = (args.checkpoint, args.sensitivities, args.data)
+    check_image_arguments(args)
+    inputs = (args.checkpoint, args.sensitivities, args.data, args.validation)
     claim_output(args.out, ".json", args.overwrite, filter(None, inputs))
     if args.device == "cuda":
         choose_gpu()
@@ -134,8 +140,8 @@ def main():
     if args.of == "time":
         timing = time_layers(config, args.decodings)
         cost = functools.partial(milliseconds, timing)
-        print(f"the codec takes {cost(config['widths']):.0f} ms to code 768x512 pixels, "
-              "entropy coding left out")  # fmt: skip
+        print(f"768x512 pixels, encoded once and decoded {args.decodings:g} times, take the codec "
+              f"{cost(config['widths']):.0f} ms, entropy coding left out")  # fmt: skip
 
     def share(widths):
         return search.sparsity(config, widths, cost)[args.of]
@@ -154,9 +160,10 @@ def main():
         # the threshold alpha, moved until the target is met
         alpha, widths, S = search.adaptive_search(table, share, args.target)
         print(f"alpha {alpha:.5f}")
-    missed = abs(S - args.target) > args.delta
-    evolving = args.method == "evolve" and not missed
-    if evolving:  # whole plans
+    missed, method = abs(S - args.target) > args.delta, args.method
+    if missed and method == "evolve":
+        method = "threshold"  # a start that is not what was asked for is not evolved
+    if method == "evolve":  # whole plans
         rng = np.random.default_rng(args.seed)
         widths = search.evolve(cutter.rise, share, widths, config, args.tries, rng)
 
@@ -167,7 +174,7 @@ def main():
         out,
         {
             "baseline": meta["fingerprint"],
-            "method": "threshold" if args.method == "evolve" and not evolving else args.method,
+            "method": method,
             "importance": args.importance,
             "target": args.target,
             "of": args.of,

@@ -9,6 +9,7 @@
 The command line is in __main__.py, the stages are scripts beside this folder.
 """
 
+import numbers
 from pathlib import Path
 
 from lic.files import MAX_PIXELS, LicError
@@ -26,9 +27,11 @@ def load(path=SHIPPED, amp=False):
 def encode(codec, image, quality=None, effort=0, max_pixels=MAX_PIXELS, verbose=False):
     """codec.encode, with a search of so many steps for a better file: train/effort.py.
 
-    Raises LicError for an effort that is no whole number from 0 up.
+    verbose: print how the search goes. Raises LicError for an effort that is no whole number from
+    0 up.
     """
-    if not isinstance(effort, int) or effort < 0:
+    whole = isinstance(effort, numbers.Integral) and not isinstance(effort, bool)
+    if not whole or effort < 0:
         raise LicError(f"effort {effort!r} is not a whole number from 0 up")
     if effort == 0:
         return codec.encode(image, quality, max_pixels)

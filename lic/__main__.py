@@ -219,7 +219,8 @@ def halve(args):
 
     claim_output(args.output, ".pt", args.overwrite, [args.input])
     model, meta = checkpoint.load_checkpoint(args.input, stages=checkpoint.FLOAT_STAGES)
-    tables = build_tables(model.half().float())
+    model.half().float()  # in place: now the weights are rounded
+    tables = build_tables(model)
     checkpoint.save_checkpoint(
         args.output,
         model.half(),
@@ -228,7 +229,7 @@ def halve(args):
         {"precision": "half"},
         0,
         parent=meta,
-        metrics=meta["metrics"],
+        metrics=meta["metrics"],  # of the codec before it was rounded
     )
     size = Path(args.output).stat().st_size
     print(f"{args.output}: {size:,} bytes, {args.input} has {meta['bytes']:,}")
@@ -242,9 +243,5 @@ def main():
         raise BadStream(f"{args.input}: {error}") from error
 
 
-def cli():
-    run(main)
-
-
 if __name__ == "__main__":
-    cli()
+    run(main)

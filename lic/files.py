@@ -15,10 +15,11 @@ except ImportError:  # Windows, where two runs are not told apart
     fcntl = None
 
 MAX_PIXELS = 2**25  # of an image, unless told otherwise
-# what torch.load and the use of what it gave raise when a file is cut, damaged or something else
+# what the use of a file's contents raises when it is cut, damaged or something else
 UNREADABLE = (
     pickle.UnpicklingError,
     EOFError,
+    ArithmeticError,
     RuntimeError,
     ValueError,
     LookupError,

@@ -115,8 +115,8 @@ def with_transparent_colour(image, file, bits):
 def to_rgb(image, file):
     """(H, W, 3) uint8 of `image`, which was opened as `file` and may have been changed since."""
     tags = file.tag_v2 if file.format == "TIFF" else {}
-    signed = set(tags.get(SAMPLE_FORMAT, (1,))) != {1}
-    if signed and image.mode not in ("I", "F"):
+    unsigned = set(tags.get(SAMPLE_FORMAT, (1,))) == {1}
+    if not unsigned and image.mode not in ("I", "F"):
         raise ValueError("its samples are no unsigned integers; convert it first")
     if image.mode.startswith("I;16") or (image.mode == "I" and file.format == "PPM"):
         # 16-bit grey, which convert("RGB") would clip to white
@@ -185,19 +185,23 @@ def read_images(paths, crop=0):
     for path in paths:
         try:
             image = read_image(path)
-            check_size(path, *image.shape[:2], crop)
-            images.append(image)
         except LicError as error:
             faults.append(str(error))
+            continue
+        fault = too_small(path, *image.shape[:2], crop)
+        if fault:
+            faults.append(fault)
+        images.append(image)
     if faults:
         raise LicError(f"{in_words(faults)}: leave such images out")
     return Images(images)
 
 
-def check_size(path, height, width, crop):
-    """Raise LicError for an image that holds no square of crop x crop pixels."""
+def too_small(path, height, width, crop):
+    """What is wrong with an image that holds no square of crop x crop pixels, or None."""
     if min(height, width) < crop:
-        raise LicError(f"{path} is {width}x{height}, smaller than the crop of {crop}")
+        return f"{path} is {width}x{height}, smaller than the crop of {crop}"
+    return None
 
 
 def in_words(faults):
@@ -230,8 +234,8 @@ class Images(list):
 def split(images):
     """Training and validation images, two Images.
 
-    One in sixteen is held out, by its digest; if that is none, the one with the least digest. A
-    single image is both.
+    One in sixteen is held out, by its digest; if that is none, the one with the least digest. If
+    that would leave none to train on, as of a single image, all are both.
     """
     held_out = [d[0] % HELD_OUT == 0 for d in images.digests]
     if not any(held_out):

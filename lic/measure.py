@@ -22,7 +22,7 @@ from lic.codec.bitstream import ImageCoder, load_coder, padded, padded_pixels
 from lic.codec.checkpoint import load_checkpoint
 from lic.codec.coder import PRECISION
 from lic.codec.strips import coarse_side
-from lic.files import LicError, claim_output, read_bytes, write_bytes
+from lic.files import UNREADABLE, LicError, claim_output, read_bytes, write_bytes
 from lic.images import dead_leaves, digest
 from lic.metrics import bits_per_pixel, ms_ssim, psnr
 from lic.pictures import enlarged
@@ -58,7 +58,7 @@ class Record:
                 for figures in self.figures.values():
                     if figures.keys() != FIGURES or {type(v) for v in figures.values()} != {float}:
                         raise ValueError("other figures")
-            except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            except UNREADABLE as error:
                 raise LicError(f"{path} is no record of measured files; name another") from error
             print(f"{path}: {len(self.figures)} files measured before")
 
@@ -119,7 +119,7 @@ def measure_image(coder, image, level, effort=0):
         encoded = time.perf_counter()
         path.write_bytes(data)
         data = path.read_bytes()
-        reading = time.perf_counter()
+        decoding = time.perf_counter()
         decoded = coder.decode(data)
         end = time.perf_counter()
     return {
@@ -127,7 +127,7 @@ def measure_image(coder, image, level, effort=0):
         "psnr": min(psnr(image, decoded), LOSSLESS),
         "ms_ssim": ms_ssim(image, decoded),
         "encode_seconds": encoded - start,
-        "decode_seconds": end - reading,
+        "decode_seconds": end - decoding,
     }
 
 
@@ -137,22 +137,26 @@ def measure_levels(coder, images, each, effort=0, record=None, threads=1):
     precision = "bf16" if coder.amp else "float32"
     if coder.device.type != "cpu":
         precision += f" on {coder.device}"
-    lambdas = coder.model.lambdas
-    keys, jobs = [], []  # an image a column, a level a row
-    for level in range(len(lambdas)):
-        for image in images:
-            jobs.append((image, level, effort))
-            keys.append(
-                f"codec {coder.fingerprint.hex()}, image {digest(image).hex()}, level {level}, "
-                f"effort {effort}, {precision}, {threads} threads"
-            )
-    missing = {key: job for key, job in zip(keys, jobs) if key not in record.figures}
+    levels = range(len(coder.model.lambdas))
+    digests = [digest(image).hex() for image in images]
+
+    def key_of(level, k):
+        return (
+            f"codec {coder.fingerprint.hex()}, image {digests[k]}, level {level}, "
+            f"effort {effort}, {precision}, {threads} threads"
+        )
+
+    missing = {}
+    for level in levels:
+        for k, image in enumerate(images):
+            if key_of(level, k) not in record.figures:
+                missing[key_of(level, k)] = (image, level, effort)
     for key, figures in zip(missing, each(measure_image, missing.values())):
         record.add(key, figures)
-    rows, count = [], len(images)
-    for level, lmbda in enumerate(lambdas):
-        of_level = keys[level * count : (level + 1) * count]
-        rows.append({"lmbda": lmbda, **mean_of([record.figures[key] for key in of_level])})
+    rows = []
+    for level, lmbda in enumerate(coder.model.lambdas):
+        figures = [record.figures[key_of(level, k)] for k in range(len(images))]
+        rows.append({"lmbda": lmbda, **mean_of(figures)})
     return rows
 
 
@@ -192,8 +196,8 @@ def bits_of_symbols(symbols, table_index, tables):
 def ideal_bits(coder, image, level):
     """-log2 p of the rounded latents, by channel of y and of z: (M,) and (Z,) float64.
 
-    With continuous scales, and at most 24 bits a symbol (MAX_BITS, the least probability of a
-    table).
+    By the model, in float32 on the CPU: with continuous scales where a file has 64, and at most
+    MAX_BITS a symbol. The picture in one piece: 33 megapixels take some 15 GB.
     """
     with torch.inference_mode():
         out = coder.model(padded(image), torch.tensor([float(level)]))
@@ -283,7 +287,7 @@ def measure_classical(images, workers=1):
             jobs = [(image, form, quality) for quality in qualities for image in images]
             try:
                 rows = list(each(measure_pillow, jobs))
-            except BrokenProcessPool:  # a RuntimeError, too; for `crew`
+            except BrokenProcessPool:  # a RuntimeError, too, but no fault of the images: see crew
                 raise
             # each ends at some size, WebP at 16,383 pixels a side
             except (OSError, ValueError, RuntimeError) as error:

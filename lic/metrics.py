@@ -53,7 +53,7 @@ def ms_ssim(a, b):
         return sum(weight * x[:, k : k + height] for k, weight in enumerate(g))
 
     def halve(x):
-        padding = [side % 2 for side in x.shape[1:]]
+        padding = [length % 2 for length in x.shape[1:]]
         return F.avg_pool2d(x, 2, padding=padding, count_include_pad=False)
 
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2

@@ -25,11 +25,18 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from lic.files import LicError, check_writable, hold, read_bytes, release, write_bytes
+from lic.files import (
+    UNREADABLE,
+    LicError,
+    check_writable,
+    hold,
+    read_bytes,
+    release,
+    write_bytes,
+)
 from lic.images import (
     HELD_OUT,
     Images,
-    check_size,
     dead_leaves,
     digest,
     find_images,
@@ -38,6 +45,7 @@ from lic.images import (
     read_image,
     read_images,
     split,
+    too_small,
 )
 
 FORMAT, VERSION = "lic photographs", 1
@@ -109,10 +117,9 @@ def open_photographs(folder, cache, crop=0, skip_bad=False):
 
     for name, path in paths.items():
         if name not in faults:
-            try:
-                check_size(path, index[name].height, index[name].width, crop)
-            except LicError as error:
-                faults[name] = str(error)
+            fault = too_small(path, index[name].height, index[name].width, crop)
+            if fault:
+                faults[name] = fault
     if faults:
         sentences = in_words([faults[name] for name in paths if name in faults])
         if not skip_bad:
@@ -173,7 +180,7 @@ def read_index(raw, folder):
         index = {name: Entry(*fields) for name, fields in content["photographs"].items()}
         last = max(index.values(), key=lambda entry: entry.end)
         end, shape = last.end, (last.height, last.width, 3)
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except UNREADABLE as error:
         raise LicError(f"{path} is damaged; {remedy}") from error
     if not raw.exists() or raw.stat().st_size < end:
         raise LicError(f"{path} is of a longer file than {raw.name}; {remedy}")
@@ -259,7 +266,7 @@ def write_index(raw, folder, index):
 def check_space(paths, folder):
     """Raise LicError unless there is room in `folder` for the pixels of the images `paths`.
 
-    Their sizes are those that a hundred of them give in their headers.
+    Their sizes are those that some of them, at most a hundred, give in their headers.
     """
     sample = paths[:: len(paths) // 100 + 1]
     pixels = 0

@@ -37,7 +37,7 @@ def plot_rate_distortion(path, ours, others):
 
     ours, others: {name: [(bpp, PSNR)]}. The names stand at the ends of the curves. The second panel
     tells curves apart that lie on one another in the first; it leaves out what needs half as much
-    again, or cannot be compared.
+    again or more, and what cannot be compared.
     """
     pyplot = import_pyplot()
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5), layout="constrained")
@@ -53,7 +53,7 @@ def plot_rate_distortion(path, ours, others):
         left.plot(*zip(*curve), linewidth=1.2, **style)
         ends[name] = (*curve[-1], style["color"])
         percent, _ = bd_rate(anchor, curve)
-        if percent is not None and abs(percent) < 50:
+        if percent is not None and percent < 50:
             quality, more = rate_differences(anchor, curve)
             right.plot(quality, more, linewidth=1.2, linestyle=style.get("linestyle"),
                        color=style["color"])  # fmt: skip

@@ -127,9 +127,13 @@ class PatientLog(io.TextIOBase):
             action()
         except (OSError, ValueError):
             self.broken = True
+            try:
+                number = self.stream.fileno()
+            except (OSError, ValueError):  # closed, or of no file
+                return
             # what is still buffered would fail again when Python ends
             nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self.stream.fileno())
+            os.dup2(nowhere, number)
             os.close(nowhere)
 
     def isatty(self):

@@ -162,6 +162,20 @@ def test_any_size_comes_back_in_its_size(image_coder, height, width, quality):
     assert decoded.shape == (height, width, 3) and decoded.dtype == np.uint8
 
 
+def test_the_limit_counts_padded_pixels_and_says_so_both_ways(image_coder):
+    image = some_image(65, 64)  # 4,160 pixels, padded 8,192
+    data = image_coder.encode(image, 1, max_pixels=8192)
+    assert image_coder.decode(data, max_pixels=8192).shape == image.shape
+    for action in (
+        lambda: image_coder.encode(image, 1, 8191),
+        lambda: image_coder.decode(data, 8191),
+    ):
+        with pytest.raises(
+            LicError, match="64x65, padded 8192 pixels, more than the limit of 8191"
+        ):
+            action()
+
+
 def test_decoded_image_is_the_models_x_hat_and_the_file_is_as_long_as_its_bits(model, image_coder):
     data = image_coder.encode(photo(), 2)
     decoded = image_coder.decode(data)

@@ -167,7 +167,7 @@ def test_the_command_says_how_it_goes_and_what_came_of_it(tmp_path, monkeypatch,
 
 
 def test_ctrl_c_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
-    def interrupted(*arguments):
+    def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(effort, "train_latents", interrupted)
@@ -210,10 +210,15 @@ def test_an_evaluation_that_stopped_goes_on_from_its_record(tmp_path, monkeypatc
     assert record.read_bytes() == record_bytes
 
 
-@pytest.mark.parametrize("wrong", [-1, 1.5, "3"])
+@pytest.mark.parametrize("wrong", [-1, 1.5, "3", True])
 def test_an_effort_that_is_no_number_of_steps_is_refused(coder, wrong):
     with pytest.raises(LicError, match="not a whole number"):
         lic.encode(coder, picture(64, 64), 1, effort=wrong)
+
+
+def test_an_effort_may_be_any_whole_number(coder):
+    image = picture(64, 64)
+    assert lic.encode(coder, image, 1, effort=np.int64(2)) == lic.encode(coder, image, 1, effort=2)
 
 
 def test_the_tool_prints_a_row_a_variant(tmp_path, monkeypatch, capsys):

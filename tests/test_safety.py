@@ -1,6 +1,8 @@
 """Nothing lost, nothing silently wrong: what is read, what is replaced, what goes on."""
 
+import io
 import json
+import math
 import os
 import signal
 import struct
@@ -27,6 +29,7 @@ from lic.images import (
     split,
 )
 from lic.photographs import load_images
+from lic.program import PatientLog
 from lic.shrink.plan import load_plan, save_plan
 from lic.train.state import load_state, read_state, save_state
 
@@ -353,7 +356,8 @@ def a_plan():
 @pytest.mark.parametrize("change", [
     {"keep": {"y": [0, 1, 2, 3, 4, 999]}}, {"keep": {"y": [-1, 1, 2, 3, 4, 5]}},
     {"keep": {"y": list("abcdef")}}, {"keep": {"y": [0, 1, 2, 3, 4, 4]}}, {"lambdas": []},
-    {"lambdas": [0.2, 0.1]}, {"lambdas": ["a"]}, {"keep": 5}, {"baseline": None}, {"crop": "64"},
+    {"lambdas": [0.2, 0.1]}, {"lambdas": [0.1, math.inf]}, {"lambdas": ["a"]}, {"keep": 5},
+    {"baseline": None}, {"crop": "64"},
 ], ids=str)  # fmt: skip
 def test_plans_are_checked_for_content(change, tmp_path):
     plan, widths = a_plan(), lively_codec().config["widths"]
@@ -599,6 +603,24 @@ def test_inputs_of_evaluate_are_not_replaced(tmp_path, photos, monkeypatch, caps
     ):
         assert run_script(monkeypatch, *evaluate, *more) == 2
         assert "is what this command reads" in capsys.readouterr().err
+
+
+HUGE_RATE = '{"curves": {"a": {"bpp": [1%s], "psnr": [30]}}}' % ("0" * 400)
+
+
+@pytest.mark.parametrize("content", ["[" * 10**5, HUGE_RATE])
+def test_published_curves_that_cannot_be_read_are_refused(content, tmp_path, monkeypatch, capsys):
+    (tmp_path / "curves.json").write_text(content)
+    evaluate = ["evaluate.py", GOLDEN / "codec.pt", "--published", tmp_path / "curves.json"]
+    assert run_script(monkeypatch, *evaluate) == 2
+    assert "curves.json holds no curves" in capsys.readouterr().err
+
+
+def test_a_closed_log_is_no_error():
+    stream = io.TextIOWrapper(io.BytesIO())
+    log = PatientLog(stream)
+    stream.close()
+    assert log.write("a") == 1 and log.broken
 
 
 def test_closed_streams_cost_no_result_and_leave_no_lock(tmp_path):

@@ -202,6 +202,35 @@ def test_pruning_sees_the_crops_of_the_search_though_it_could_use_more_images(
     assert J_cut["folded"] == pytest.approx(np.exp(np.log(plan["J_folded"]).mean()))
 
 
+def test_pruning_with_images_smaller_than_the_searchs_crops_is_refused(
+    tmp_path, monkeypatch, capsys
+):
+    for side in (64, 128):
+        (tmp_path / f"{side}").mkdir()
+        for seed in range(4):
+            image = Image.fromarray(dead_leaves(seed, side))
+            image.save(tmp_path / f"{side}" / f"{seed}.png")
+    codec, plan = ["--checkpoint", GOLDEN / "codec.pt"], tmp_path / "plan.json"
+    search = [*codec, "--data", tmp_path / "128", "--crop", 128, "--method", "uniform"]
+    assert run_script(monkeypatch, "search.py", *search, "--delta", 0.5, "--out", plan) == 0
+    prune = [*codec, "--data", tmp_path / "64", "--crop", 64, "--steps", 0, "--plan", plan]
+    assert run_script(monkeypatch, "prune.py", *prune, "--out", tmp_path / "cut.pt") == 2
+    assert "no training image holds the plan's crops of 128" in capsys.readouterr().err
+
+
+def test_the_next_command_holds_out_the_same_images(tmp_path, photos, monkeypatch, capsys):
+    images = ["--data", photos, "--validation", photos]
+    training = ["--steps", 1, "--batch", 1, "--crop", 64, "--out", tmp_path / "dense.pt"]
+    assert run_script(monkeypatch, "train.py", *images, *training) == 0
+    following = capsys.readouterr().out.splitlines()[-1]
+    assert f"search.py --checkpoint {tmp_path}/dense.pt --data {photos}" in following
+    assert following.endswith(f"--validation {photos}")
+    search = ["--method", "uniform", "--crops", 1, "--crop", 64, "--delta", 0.5]
+    search += ["--checkpoint", tmp_path / "dense.pt", "--out", tmp_path / "plan.json"]
+    assert run_script(monkeypatch, "search.py", *images, *search) == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith(f"--validation {photos}")
+
+
 def test_a_quantized_checkpoint_is_not_pruned_again(pipeline, photos, monkeypatch, capsys):
     for script in ("search.py", "prune.py", "quantize.py"):
         assert (

@@ -32,7 +32,8 @@ def load_coder(path, amp=False, device="cpu"):
 class ImageCoder:
     """Encodes and decodes with one model.
 
-    load_checkpoint gives model, tables and fingerprint. amp: g_a, h_a and g_s in bf16 autocast;
+    load_checkpoint gives model, tables and fingerprint; the model is put into eval mode. amp: g_a,
+    h_a and g_s in bf16 autocast;
     device: where these three run, h_s and the entropy coder on the CPU always. A file made so is as
     valid and is read by any decoder.
     """
@@ -86,10 +87,11 @@ class ImageCoder:
         """
         check_image(image)
         height, width = image.shape[:2]
-        if padded_pixels(height, width) > max_pixels:
+        pixels = padded_pixels(height, width)
+        if pixels > max_pixels:
             raise LicError(
-                f"the image has {width}x{height} pixels, more than the limit of {max_pixels}; "
-                "raise it with --max-pixels, which the decoder will need too"
+                f"the image is {width}x{height}, padded {pixels} pixels, more than the limit of "
+                f"{max_pixels}; raise it with --max-pixels, which the decoder will need too"
             )
         gain, _ = self.model.gains(torch.tensor([level]))
         y = self._analysis(pad_edges(image)) * gain
@@ -154,10 +156,11 @@ class ImageCoder:
                 f"the file was made by model {header.fingerprint.hex()}, this checkpoint is "
                 f"{self.fingerprint.hex()}; decode with the same model"
             )
-        if padded_pixels(header.height, header.width) > max_pixels:
+        pixels = padded_pixels(header.height, header.width)
+        if pixels > max_pixels:
             raise BadStream(
-                f"the file declares {header.width}x{header.height} pixels, "
-                f"more than the limit of {max_pixels}; raise it with --max-pixels"
+                f"the file declares {header.width}x{header.height}, padded {pixels} pixels, more "
+                f"than the limit of {max_pixels}; raise it with --max-pixels"
             )
         level = header.quality / 256
         if level > len(self.model.lambdas) - 1:
@@ -207,11 +210,11 @@ class ImageCoder:
         z_hat = torch.from_numpy(z_hat).double()[None]
         z_hat = z_hat.contiguous(memory_format=torch.channels_last)
 
-        def hyper_synthesis(z_hat):
-            if self.model.quantization:
-                mean, index = self.h_s(z_hat)
+        def hyper_synthesis(rows):
+            if self.model.quantization:  # IntegerHyperSynthesis gives the index itself
+                mean, index = self.h_s(rows)
             else:
-                mean, log_scale = self.h_s(z_hat).chunk(2, 1)
+                mean, log_scale = self.h_s(rows).chunk(2, 1)
                 index = self.model.prior_y.scale_index(log_scale)
             return mean, index.to(torch.uint8)
 

@@ -27,7 +27,11 @@ FLOAT_STAGES = ("train", "control", "prune")  # the others are quantized
 
 
 def fingerprint(config, quantization, state_dict, tables):
-    """SHA-256 in hexadecimal over names, types, shapes and little-endian bytes, in sorted order."""
+    """SHA-256 in hexadecimal of all that decides how a file is read.
+
+    Over config and quantization as JSON, then each tensor's and table's name, type, shape and
+    little-endian bytes, sorted by name.
+    """
     digest = hashlib.sha256(json.dumps([config, quantization], sort_keys=True).encode())
     tensors = dict(state_dict)
     for kind, table in tables.items():
@@ -46,8 +50,8 @@ def save_checkpoint(path, model, tables, stage, arguments, steps, parent=None, m
 
     tables: from tables.build_tables. arguments: a plain dict, recorded in the lineage; of "data",
     a folder, only the name, and None stands for the synthetic images. parent: the meta of the
-    checkpoint that this one was made from. metrics: plain numbers. Raises LicError if a weight or
-    a figure is not finite.
+    checkpoint that this one was made from. metrics: plain values, as JSON has them. Raises LicError
+    if a weight or a figure is not finite.
     """
     check_finite(model.state_dict(), metrics or {})
     state_dict = {}

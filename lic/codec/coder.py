@@ -149,14 +149,13 @@ def encode(symbols, table_index, tables):
     coder, escapes = ans(), []
     for start, end, counts, offset in reversed(runs):  # a stack: coded last, decoded first
         values = sorted_symbols[start:end]
-        entries, escape = values - offset, len(counts) - 1
-        if entries.min() < 0 or entries.max() >= escape:
-            outside = (entries < 0) | (entries >= escape)
-            escapes.append(values[outside])
-            entries[outside] = escape
+        entries = values - offset
+        escape = len(counts) - 1
+        outside = (entries < 0) | (entries >= escape)
+        escapes.append(values[outside])
+        entries[outside] = escape
         coder.push(entries, counts)
-    escapes = np.concatenate([np.empty(0, np.int32), *reversed(escapes)])
-    return coder.words(), escapes.astype(np.int32)
+    return coder.words(), np.concatenate([np.empty(0, np.int32), *reversed(escapes)])
 
 
 def decode(words, escapes, table_index, tables):
@@ -172,10 +171,11 @@ def decode(words, escapes, table_index, tables):
         entries = coder.pop(int(end - start), counts)
         values = entries + offset
         escaped = np.flatnonzero(entries == len(counts) - 1)
-        if len(escaped):
-            following = escapes[used : used + len(escaped)]
-            values[escaped] = np.resize(following, len(escaped))  # too few: refused below
-            used += len(escaped)
+        following = escapes[used : used + len(escaped)]
+        if len(following) < len(escaped):
+            raise BadStream("the entropy-coded data does not end where it must")
+        values[escaped] = following
+        used += len(escaped)
         sorted_symbols[start:end] = values
     if used != len(escapes) or not coder.is_empty():
         raise BadStream("the entropy-coded data does not end where it must")

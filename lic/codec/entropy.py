@@ -64,10 +64,10 @@ class EntropyBottleneck(nn.Module):
         self.H, self.b, self.a = nn.ParameterList(), nn.ParameterList(), nn.ParameterList()
         for fan_in, fan_out in zip(sizes[:-1], sizes[1:]):
             start = math.log(math.expm1(gain / fan_out))  # softplus(start) = gain / fan_out
-            self.H.append(torch.full((channels, fan_out, fan_in), start))
-            self.b.append(torch.empty(channels, fan_out, 1).uniform_(-0.5, 0.5))
+            self.H.append(nn.Parameter(torch.full((channels, fan_out, fan_in), start)))
+            self.b.append(nn.Parameter(torch.empty(channels, fan_out, 1).uniform_(-0.5, 0.5)))
         for size in HIDDEN:
-            self.a.append(torch.zeros(channels, size, 1))
+            self.a.append(nn.Parameter(torch.zeros(channels, size, 1)))
 
     def logits(self, v):
         """Logit of the cumulative at v: (C, 1, N) -> (C, 1, N)."""

@@ -93,10 +93,11 @@ class Int8Convolution(nn.Module):
         self.zero_point, self.largest = -low, high - low  # the kernel takes 0 to 255
         self.input_scale, self.channels = input_scale, layer.out_channels
         self.transposed = layer.transposed
-        weight, weight_scale, bias = layer.integer_weight(), weight_scale.detach(), bias.detach()
+        weight = layer.integer_weight()
+        weight_scale, bias = weight_scale.detach(), bias.detach()
         self.largest_sum = 0  # that the kernels can meet
-        self.channel_kernels = []  # each makes some channels,
-        self.phase_kernels = []  # or, (row, column, kernel), one phase of a transposed convolution
+        self.of_channels = []  # each makes some channels,
+        self.of_phases = []  # or, (row, column, kernel), one phase of a transposed convolution
 
         def make_kernel(part, channels, stride, padding):
             sums = part.abs().flatten(1).sum(1)
@@ -109,12 +110,12 @@ class Int8Convolution(nn.Module):
         if self.transposed:
             for row, column, part in phase_kernels(weight):
                 kernel = make_kernel(part, slice(None), (1, 1), (1, 1))
-                self.phase_kernels.append((row, column, kernel))
+                self.of_phases.append((row, column, kernel))
         else:
             for start in range(0, self.channels, OUTPUTS):
                 channels = slice(start, start + OUTPUTS)
                 kernel = make_kernel(weight[channels], channels, layer.stride, layer.padding)
-                self.channel_kernels.append(kernel)
+                self.of_channels.append(kernel)
 
     def forward(self, x):
         """(B, in, h, w) -> what the layer makes of it, (B, out, h', w')."""
@@ -123,12 +124,12 @@ class Int8Convolution(nn.Module):
         q = q.clamp_(0, self.largest).to(torch.uint8).contiguous(memory_format=torch.channels_last)
         dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else torch.float32
         if not self.transposed:
-            parts = [kernel(q, dtype) for kernel in self.channel_kernels]
+            parts = [kernel(q, dtype) for kernel in self.of_channels]
             return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         B, _, h, w = q.shape
         size = B, self.channels, 2 * h, 2 * w
         made = torch.empty(size, dtype=dtype, memory_format=torch.channels_last)
-        for row, column, kernel in self.phase_kernels:
+        for row, column, kernel in self.of_phases:
             # padded on all sides, the kernels of odd rows or columns begin one input too early
             made[:, :, row::2, column::2] = kernel(q, dtype)[:, :, row:, column:]
         return made
@@ -165,9 +166,11 @@ class Int8IntegerConvolution(nn.Module):
 
 
 class LastConvolution(nn.Module):
-    """A float transposed convolution, (B, C, h, w) -> (B, 3, 2h, 2w), as an ordinary one and
-    `pixel_shuffle`. That takes 36 products for 25, and, with so few output channels, half the time
-    (tools/benchmark.py)."""
+    """A float transposed convolution to few channels as an ordinary one and `pixel_shuffle`.
+
+    (B, C, h, w) -> (B, 3, 2h, 2w). That takes 36 products for 25, and, with so few output channels,
+    half the time (tools/benchmark.py).
+    """
 
     def __init__(self, layer):
         super().__init__()
@@ -182,14 +185,16 @@ class LastConvolution(nn.Module):
 def speed_up(coder):
     """Replace the networks of an ImageCoder by their faster forms; its model stays as it is."""
     coder.g_a, coder.h_a, coder.g_s = map(faster, (coder.g_a, coder.h_a, coder.g_s))
-    if coder.model.quantization and not available():
+    if not coder.model.quantization:
+        return
+    if not available():
         tell_of_simulation()
-    elif coder.model.quantization:
-        layers = zip(coder.h_s.layers, h_s_layers(coder.model.h_s))
-        for k, (exact, layer) in enumerate(layers):
-            if layer.input_range == WIDE:
-                quick = Int8IntegerConvolution(exact, layer)
-                coder.h_s.layers[k] = quick if quick.largest_sum <= 2**24 else exact
+        return
+    for k, layer in enumerate(h_s_layers(coder.model.h_s)):
+        if layer.input_range == WIDE:
+            quick = Int8IntegerConvolution(coder.h_s.layers[k], layer)
+            if quick.largest_sum <= 2**24:
+                coder.h_s.layers[k] = quick
 
 
 @functools.cache

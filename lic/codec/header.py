@@ -45,8 +45,10 @@ def crc_of_symbols(header, z_symbols, y_symbols):
 
 
 def read_header(data):
-    """(Header, CRC-32 of the symbols) of a file. Raises BadStream for all that is wrong with it
-    and can be told without the model."""
+    """(Header, CRC-32 of the symbols) of a file.
+
+    Raises BadStream for all that is wrong with it and can be told without the model.
+    """
     if data[:4] != MAGIC:
         raise BadStream("this is not a lic file: it does not begin with its magic number")
     if len(data) > 4 and data[4] != VERSION:

@@ -45,8 +45,8 @@ def freeze_h_s(model):
         integer_bias = round((bias - output_zero) / sum_unit)
         multiplier   = sum_unit / output_unit
 
-    The units between the layers are the scales of their inputs. The visible call after the last
-    training step: like the tables, its results travel in the checkpoint, because another machine's
+    The units between the layers are the scales of their inputs. To be called after the last
+    training step. Like the tables, its results travel in the checkpoint, because another machine's
     logarithm might give other ones. Raises LicError if a sum could reach 2^53.
     """
     layers = h_s_layers(model.h_s)

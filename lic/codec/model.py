@@ -76,9 +76,17 @@ def network(name, widths):
         c_in, c_out = channels[layer.reads], channels[layer.makes]
         modules[layer.name.split(".")[1]] = convolution(layer, c_in, c_out)
         if layer.then:
-            make = {"gdn": GDN, "igdn": IGDN, "lrelu": lambda _: nn.LeakyReLU(SLOPE)}[layer.then]
-            modules[layer.then_name.split(".")[1]] = make(c_out)
+            modules[layer.then_name.split(".")[1]] = following(layer.then, c_out)
     return nn.Sequential(modules)
+
+
+def following(kind, channels):
+    """The module that follows a convolution: what `then` of its Layer names."""
+    if kind == "gdn":
+        return GDN(channels)
+    if kind == "igdn":
+        return IGDN(channels)
+    return nn.LeakyReLU(SLOPE)
 
 
 class Output(NamedTuple):
@@ -101,7 +109,8 @@ class Codec(nn.Module):
         self.h_a, self.h_s = network("h_a", widths), network("h_s", widths)
         self.prior_z = EntropyBottleneck(widths["z"])
         self.prior_y = GaussianConditional()
-        # At high rate the best step size falls as 1 / sqrt(lmbda): D ~ step^2 and dR/dD ~ -1/D.
+        # At a high rate D ~ step^2, and a step twice as long saves a bit: R = const - 1/2 log2 D.
+        # J is least where dR/dD = -lmbda, so D ~ 1 / lmbda, and the step ~ 1 / sqrt(lmbda).
         start = 0.5 * torch.log(torch.tensor(self.lambdas) / self.lambdas[-1])  # (levels,)
         self.log_gain = nn.Parameter(start[:, None].repeat(1, widths["y"]))  # (levels, M)
         self.log_inverse_gain = nn.Parameter(-start[:, None].repeat(1, widths["y"]))
@@ -142,6 +151,6 @@ class Codec(nn.Module):
             y_coded, z_coded = add_noise(y, part), add_noise(z, part)
         y_bits = self.prior_y.bits(y_coded, mean, log_scale)
         z_bits = self.prior_z.bits(z_coded)
-        # z is limited within prior_z.bits, whose bound passes the gradient that lowers them
+        # of z prior_z.bits limits them, by a bound whose gradient can still lower them
         y_bits = soft_limit(y_bits) if self.training else y_bits.clamp(max=MAX_BITS)
         return Output(x_hat, y_bits.sum((2, 3)), z_bits.sum((2, 3)))

@@ -35,7 +35,8 @@ def build_tables(model):
     prior = copy.deepcopy(model.prior_z).cpu().double()
 
     def cdf_z(v):  # (Z, N)
-        return torch.sigmoid(prior.logits(torch.from_numpy(v).double()[:, None])[:, 0]).numpy()
+        logits = prior.logits(torch.from_numpy(v)[:, None])  # (Z, 1, N)
+        return torch.sigmoid(logits[:, 0]).numpy()
 
     levels = torch.arange(SCALE_LEVELS, dtype=torch.float64)
     scales = torch.exp(LOG_SCALE_MIN + LOG_SCALE_STEP * levels)[:, None]

@@ -18,8 +18,8 @@ from lic.codec import structure
 from lic.files import UNREADABLE, LicError, read_bytes, write_bytes
 
 FORMAT = "lic plan"
-KEYS = ["method", "importance", "target", "of", "alpha", "ratio", "lambdas"]
-KEYS += ["sparsity", "sensitivity"]  # and those that is_plan looks into
+# what a reader asks for, beside what is_plan looks into
+KEYS = ["method", "importance", "target", "of", "alpha", "ratio", "sparsity"]
 
 
 def save_plan(path, plan):
@@ -36,7 +36,9 @@ def is_plan(plan):
     if plan["format"] != FORMAT or not isinstance(plan["baseline"], str):
         return False
     lambdas = plan["lambdas"]
-    if not lambdas or lambdas != sorted(set(lambdas)) or not 0 < lambdas[0] < math.inf:
+    if not lambdas or lambdas != sorted(set(lambdas)):
+        return False
+    if not (0 < lambdas[0] and lambdas[-1] < math.inf):
         return False
     if not plan["keep"].keys() == plan["widths"].keys() == structure.groups().keys():
         return False

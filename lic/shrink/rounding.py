@@ -108,10 +108,10 @@ def tap_groups(layer):
     if not layer.transposed:
         everything = torch.arange(layer.weight[0].numel())
         return [(everything, everything)]
-    weights = torch.arange(layer.in_channels * 25).view(-1, 1, 5, 5)
+    columns = torch.arange(layer.in_channels * 25).view(-1, 1, 5, 5)
     entries = torch.arange(layer.in_channels * 9).view(-1, 3, 3)
     groups = []
-    for row, column, met in structure.phase_kernels(weights):
+    for row, column, met in structure.phase_kernels(columns):
         met_entries = entries[:, row:, column:]  # an odd phase begins an input later
         groups.append((met.flatten(), met_entries.flatten()))
     return groups

@@ -91,7 +91,7 @@ def adaptive_search(table, share, target):
         else:
             high = middle
     neighbours = [plan(alpha) for alpha in alphas[max(0, low - 1) : low + 1]]
-    return min(neighbours, key=lambda plan: abs(plan[2] - target))
+    return min(neighbours, key=lambda found: abs(found[2] - target))
 
 
 def uniform_widths(config, share, target):
@@ -154,7 +154,7 @@ def evolve(rise, share, start, config, tries, rng, report=print):
             continue
         seen.add(tuple(child.values()))
         population.append((rise(child), child))
-        population.sort(key=lambda plan: plan[0])
+        population.sort(key=lambda member: member[0])
         population = population[:POPULATION]
         if population[0][1] is child:
             report(f"try {number}: rise of J {population[0][0]:+.2%}")

@@ -41,7 +41,9 @@ def layer_inputs(model, x, names, summary):
     return seen
 
 
-class Moments(NamedTuple):  # of channels over all positions, in float64
+class Moments(NamedTuple):
+    """Of channels over all positions, in float64."""
+
     mean: torch.Tensor  # of x, (C,)
     products: torch.Tensor  # mean of x x^T, (C, C)
 

@@ -45,7 +45,9 @@ def time_layers(config, decodings=1):
         taken.append([time_of_each_layer(coder) for coder in coders])
     coefficients = {}
     for name in rows[0]:
-        ms = [[times[name] for times in coder_times] for coder_times in taken[WARM_UP:]]
+        ms = []  # a round a row, a coder a column
+        for of_round in taken[WARM_UP:]:
+            ms.append([times[name] for times in of_round])
         work = np.array([[*row[name], 1.0] for row in rows])
         coefficients[name] = nonnegative_fit(work, np.median(ms, axis=0)).tolist()
     return {

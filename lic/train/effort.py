@@ -95,7 +95,8 @@ def search(coder, image, y, z, level, lmbda, steps, verbose=False):
         with torch.autocast("cpu", torch.bfloat16, enabled=coder.amp):
             found = train_latents(
                 model, x, seen.of(v), seen.of(mean), seen.of(log_scale), own.mask_of(seen.of(v)),
-                inverse_gain, lmbda, steps, noise, report)  # fmt: skip
+                inverse_gain=inverse_gain, lmbda=lmbda, steps=steps, noise=noise, report=report,
+            )  # fmt: skip
         tile.of(v)[:] = own.of(found)
     return v + mean
 
@@ -111,7 +112,8 @@ def train_latents(model, x, v, mean, log_scale, own, inverse_gain, lmbda, steps,
     """A better v = y - mean for the pixels x, where `own`; elsewhere it stays, rounded.
 
     x (1, 3, H, W); v, mean, log_scale (1, M, h, w), h, w at least H/16, W/16; own (h, w) bool.
-    report is called after each step, with v and with J, bpp_y and PSNR of what was tried.
+    report is called after each step, with v, which tools/effort.py looks at, and with J, bpp_y and
+    PSNR of what was tried.
     """
     v = v.clone().requires_grad_()
     adam = torch.optim.Adam([v], lr=min(LEARNING_RATE, MAX_MOVE / steps))

@@ -38,6 +38,8 @@ RECIPE = "Muon in float32 and Adam, leaky ReLU, decline over two thirds"
 
 
 class Interrupted(LicError):
+    """Ctrl-C, or a signal that asks to stop; what was trained is saved."""
+
     status = 130
 
 
@@ -104,11 +106,11 @@ def fit(model, train, held_out, args, origin=None):
                 progress.update(loss=loss, bpp_y=y_bpp.mean(), bpp_z=z_bpp.mean(), psnr=psnr.mean())
 
             done = step + 1
-            # of the step before: for this one's a GPU would have to be waited for
-            before, latest = latest, Outcome(step, loss.detach(), norm, interrupted)
-            stopping = before is not None and before.must_stop(path)
+            # a GPU would have to be waited for: what the step before gave is known by now
+            previous, latest = latest, Outcome(step, loss.detach(), norm, interrupted)
+            stopping = previous is not None and previous.must_stop(path)
             if stopping or done == args.steps or done % args.save_every == 0:
-                stopping = latest.must_stop(path) or stopping
+                stopping = latest.must_stop(path) or stopping  # raises: what is spoilt stays out
                 if rank() == 0:
                     save(model, optimizer, held_out, done, settings, args)
                 wait_for_all()

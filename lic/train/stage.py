@@ -22,9 +22,6 @@ def add_training_arguments(parser, steps, lr, out):
     # fmt: off
     add, stride = parser.add_argument, structure.total_stride()
     add_image_arguments(parser)
-    add("--validation",
-        help="folder of images to hold out (default: one in sixteen of those to train on, by its "
-        "content)")
     add("--steps", type=whole_number, default=steps, help=f"training steps (default: {steps})")
     add("--batch", type=positive_whole_number, default=8, help="crops a step (default: 8)")
     add("--crop", type=multiple_of(stride), default=128,
@@ -57,6 +54,9 @@ def add_image_arguments(parser):
         help="folder of images, searched recursively (default: synthetic images)")
     source.add_argument("--synthetic", action="store_true",
         help="synthetic images, even for a codec of photographs")
+    parser.add_argument("--validation",
+        help="folder of images to hold out (default: one in sixteen of those to train on, by its "
+        "content)")
     parser.add_argument("--cache",
         help="folder of the file into which photographs are decoded, once for all runs (default: "
         "that of OUT)")
@@ -77,10 +77,17 @@ def parse_training_args(parser):
         raise LicError("--finish ends a run that was stopped: give --resume, too")
     if args.resume:
         parser.set_defaults(**stopped_run(parser, args))
-        args = parser.parse_args()
+        args = parser.parse_args()  # again: what is given now wins over what was
+    if rank() == 0:
+        check_image_arguments(args)
+        check_batch(args.batch)
+    return args
+
+
+def check_image_arguments(args):
+    """Raise LicError for options of `add_image_arguments` that cannot go together."""
     if args.validation and not args.data:
         raise LicError("--validation needs --data, the photographs to train on")
-    return args
 
 
 def stopped_run(parser, args):
@@ -95,6 +102,7 @@ def stopped_run(parser, args):
     saved, command = state["arguments"], Path(sys.argv[0]).name
     if state["command"] != command:
         raise LicError(f"{path} is a run of {state['command']}, not of {command}")
+    # those that the state's settings, which load_state compares, do not hold
     for key in ("preset", "plan", "checkpoint", "lambdas", "control", "synthetic"):
         given = vars(args).get(key)
         if given != parser.get_default(key) and given != saved.get(key):
@@ -112,7 +120,6 @@ def check_out(args):
     """
     if rank() > 0:
         return
-    check_batch(args.batch)
     overwrite = args.overwrite or args.resume
     inputs = (args.checkpoint, getattr(args, "plan", None), args.data, args.validation)
     claim_output(args.out, ".pt", overwrite, filter(None, inputs))
@@ -123,12 +130,9 @@ def check_out(args):
         return
     state = read_state(path, f"{path} is in the way and no training state; remove it")
     done, steps = state["step"], state["settings"]["steps"]
+    what = f"{path} holds a finished run whose checkpoint was not written"  # or OUT were there
     if done < steps:
         what = f"{path} holds a run that was stopped at step {done} of {steps}"
-    elif not Path(args.out).exists() or not Path(args.out).stat().st_size:
-        what = f"{path} holds a finished run whose checkpoint was not written"
-    else:
-        return
     raise LicError(f"{what}; go on with --resume, or begin anew with --overwrite")
 
 
@@ -146,8 +150,8 @@ def images_for(args, parent=None):
             f"{args.checkpoint} was trained on photographs ({', '.join(sorted(photographs))}); "
             "give such with --data, or ask for --synthetic"
         )
-    held_out, cache = getattr(args, "validation", None), args.cache or Path(args.out).parent
-    train, validation = load_images(args.data, args.crop, held_out, cache, args.skip_bad)
+    cache = args.cache or Path(args.out).parent
+    train, validation = load_images(args.data, args.crop, args.validation, cache, args.skip_bad)
     source = args.data or "made here, synthetic"
     print(f"images: {len(train)} to train, {len(validation)} to validate ({source})")
     join_group()
@@ -155,10 +159,13 @@ def images_for(args, parent=None):
 
 
 def data_option(args):
-    """How the next stage's command goes on after its checkpoint."""
-    if args.data:
-        return f" --data {shlex.quote(str(args.data))}"
-    return " --synthetic" if args.synthetic else ""
+    """How the next stage's command goes on after its checkpoint, to see the same images."""
+    if not args.data:
+        return " --synthetic" if args.synthetic else ""
+    option = f" --data {shlex.quote(str(args.data))}"
+    if args.validation:
+        option += f" --validation {shlex.quote(str(args.validation))}"
+    return option
 
 
 def held_out_option(args):
