@@ -33,9 +33,8 @@ class ImageCoder:
     """Encodes and decodes with one model.
 
     load_checkpoint gives model, tables and fingerprint; the model is put into eval mode. amp: g_a,
-    h_a and g_s in bf16 autocast;
-    device: where these three run, h_s and the entropy coder on the CPU always. A file made so is as
-    valid and is read by any decoder.
+    h_a and g_s in bf16 autocast; device: where these three run, h_s and the entropy coder on the
+    CPU always. A file made so is as valid and is read by any decoder.
     """
 
     def __init__(self, model, tables, fingerprint, amp=False, device="cpu"):
