@@ -4,8 +4,8 @@
     python tools/figures.py bits widths      these
 
 One photograph, docs/coffee.png, goes through the codec at the middle level; the numbers that
-docs/tour.md quotes are printed. What is calibrated, sensitivities and 8 bits, sees crops of the
-same photograph: enough to draw, too little to prune by.
+docs/tour.md quotes are printed. What is calibrated for 8 bits sees crops of the same photograph:
+enough to draw, too little to quantize by.
 """
 
 import json
@@ -38,7 +38,7 @@ from lic.codec.eight_bits import WEIGHT, eight_bit_inputs, fake_quantize, input_
 from lic.codec.entropy import LOG_SCALE_MIN, LOG_SCALE_STEP
 from lic.files import LicError, write_bytes
 from lic.images import read_image
-from lic.measure import bits_of_blocks, bits_of_symbols, coded_bits, points
+from lic.measure import best_within, bits_of_blocks, bits_of_symbols, coded_bits, points
 from lic.metrics import psnr
 from lic.options import make_parser
 from lic.pictures import beside, enlarged, heat, png_bytes
@@ -134,19 +134,24 @@ def steps(walk, pyplot):
 
 
 def hyperprior(walk, pyplot):
-    """One channel of y, and what z says of it."""
+    """One channel of y, what z says of it, and what it then costs."""
     channel = walk.loudest[0]
-    z_channel = walk.z.var((0, 2, 3)).argmax()
     y, mean, scale = walk.y[0, channel], walk.mean[0, channel], walk.scale[0, channel]
+    y_bits, _ = coded_bits(walk.coder, walk.y, walk.z)
     figure, panels = pyplot.subplots(1, 5, figsize=(13, 2.2), layout="constrained")
     limit = y.abs().max()
-    grey(panels[0], walk.z[0, z_channel].round(), f"z, channel {z_channel}")
-    grey(panels[1], y, f"y, channel {channel}", limit)
-    grey(panels[2], mean, "mean", limit)
-    grey(panels[3], scale, f"scale: {scale.min():.2f} to {scale.max():.1f}")
-    grey(panels[4], (y - mean) / scale, "(y - mean) / scale", 3)
+    grey(panels[0], y, f"y, channel {channel}", limit)
+    grey(panels[1], mean, "mean", limit)
+    grey(panels[3], (y - mean) / scale, "(y - mean) / scale", 3)
+    white = np.quantile(y_bits[channel], 0.99)
+    for panel, values, limit, title in (
+        (panels[2], scale, scale.max(), f"scale: {scale.min():.2f} to {scale.max():.1f}"),
+        (panels[4], y_bits[channel], white, f"bits, white: {white:.0f} and more"),
+    ):
+        panel.imshow(values, cmap="gray", vmin=0, vmax=limit)
+        panel.set_title(title, fontsize=8)
+        panel.set(xticks=[], yticks=[])
     save(figure, "hyperprior")
-    print(f"z: {tuple(walk.z.shape[1:])}, largest {walk.z.abs().max():.1f}")
     for name, values in (("y", walk.y), ("y - mean", walk.y - walk.mean)):
         print(f"{name}: standard deviation of all latents {values.std():.2f}")
     used = walk.table.unique()
@@ -243,27 +248,20 @@ def error(walk, pyplot):
 
 
 def sensitivity(walk, pyplot):
-    """zeta of each group of dense.pt on crops of the photograph, and alpha for 40 %."""
-    model, _ = load_checkpoint(CHECKPOINTS / "dense.pt")
-    x = crops_of(walk.image)[:6]
-    cutter = Cutter(model, x, "residual", amp=False, device="cpu")
-
-    def share(widths):
-        return search.sparsity(model.config, widths)["both"]
-
-    zeta = search.sensitivities(model.config, cutter.rise, report=lambda row: None)
-    alpha, widths, S = search.adaptive_search(zeta, share, 0.4)
+    """zeta of each group of dense.pt and alpha for 40 %, as search.py measured them."""
+    plan = json.loads((ROOT / "docs/plan.json").read_text())
+    dense = load_checkpoint(CHECKPOINTS / "dense.pt")[0].config["widths"]
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     ends = {}
-    for k, (group, row) in enumerate(zeta.items()):
-        full = model.config["widths"][group]
-        kept = [100 * width / full for width in row]
-        rises = [100 * value for value in row.values()]
+    for k, (group, row) in enumerate(plan["sensitivity"].items()):
+        kept = [100 * int(width) / dense[group] for width in row]
+        rises = [100 * zeta for zeta in row.values()]
         colour = pyplot.colormaps["tab20"](k)
         axes.plot(kept, rises, ".-", color=colour, linewidth=1)
         ends[group] = (kept[-1], rises[-1], colour)
-    axes.axhline(100 * alpha, color="black", linewidth=1)
-    axes.text(101, 100 * alpha, f"alpha = {100 * alpha:.1f} %", va="bottom", fontsize=8)
+    alpha = 100 * plan["alpha"]
+    axes.axhline(alpha, color="black", linewidth=1)
+    axes.text(101, alpha, f"alpha = {alpha:.1f} %", va="bottom", fontsize=8)
     axes.set_yscale("symlog", linthresh=1)
     axes.set(
         xlim=(102, 8),
@@ -273,8 +271,8 @@ def sensitivity(walk, pyplot):
     axes.grid(alpha=0.3)
     name_ends(axes, ends)
     save(figure, "sensitivity")
-    print(f"alpha {alpha:.4f} removes {S:.1%}: "
-          + ", ".join(f"{group} {width}" for group, width in widths.items()))  # fmt: skip
+    print(f"alpha {plan['alpha']:.4f} removes {plan['sparsity']['both']:.1%}: "
+          + ", ".join(f"{group} {width}" for group, width in plan["widths"].items()))  # fmt: skip
 
 
 def widths(walk, pyplot):
@@ -331,36 +329,52 @@ def fold(walk, pyplot, group="g_a.1"):
 
 
 def rounding(walk, pyplot, name="g_a.conv2"):
-    """Weights of one kernel by both roundings; the error of each layer's output."""
+    """Weights of one kernel by both roundings; the error of its output, and of each layer's."""
     model, _ = load_checkpoint(CHECKPOINTS / "pruned.pt")
     x = crops_of(walk.image)
     equalize(model, x)
     codec, better = with_8_bit_weights(model, float_moments(model, x))
-    weight = structure.weight_rows(model.get_submodule(name))[0]
+    layer = model.get_submodule(name)
+    weight = structure.weight_rows(layer)[0]
     scale = largest_scale(weight[None], *WEIGHT)[0]
     nearest = fake_quantize(weight, scale, *WEIGHT)
     chosen = structure.weight_rows(codec.get_submodule(name))[0]
     changed = (nearest / scale).round() != (chosen / scale).round()
     kernel = changed.view(-1, 25).sum(1).argmax()  # the input channel where most weights differ
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 3.4), layout="constrained")
-    taps = np.arange(25)
+    v = layer_inputs(model, walk.x, [name], lambda v: v)[name][0]  # the same at each level
+
+    figure, panels = pyplot.subplots(
+        1, 4, figsize=(15, 3), layout="constrained", width_ratios=(1.5, 1, 1, 1.2)
+    )
+    taps, errors = np.arange(25), {}
     for values, label, shift in (
         (nearest, "nearest integers", -0.2),
         (chosen, "errors cancel", 0.2),
     ):
-        rounding_error = ((values - weight) / scale).view(-1, 25)[kernel]
-        left.bar(taps + shift, rounding_error, 0.4, label=label)
-    left.set(xlabel=f"tap of a kernel of {name}", ylabel="integer - weight, in steps")
-    left.grid(alpha=0.3)
-    left.legend()
+        rounding_error = values - weight
+        bars = (rounding_error / scale).view(-1, 25)[kernel]
+        panels[0].bar(taps + shift, bars, 0.4, label=label)
+        filters = rounding_error.view(1, *layer.weight.shape[1:])
+        error = torch.nn.functional.conv2d(v, filters, stride=layer.stride, padding=layer.padding)
+        errors[label] = error[0, 0, : walk.image.shape[0] // 4, : walk.image.shape[1] // 4]
+    panels[0].set(xlabel=f"tap of a kernel of {name}", ylabel="integer - weight, in steps")
+    panels[0].grid(alpha=0.3)
+    panels[0].legend(fontsize=8)
+    limit = 2 * errors["nearest integers"].std()
+    for panel, (label, error) in zip(panels[1:3], errors.items()):
+        grey(panel, error, f"error of the output, {label}", limit)
     gains = {layer: 10 * np.log10(factor) for layer, factor in better.items()}
     few_patches = [layer.startswith("h") for layer in gains]  # for their weights: overfitted
     colours = ["lightgrey" if few else "C0" for few in few_patches]
-    right.barh(list(gains)[::-1], list(gains.values())[::-1], color=colours[::-1])
-    right.set(xlabel="less error in the layer's output than by the nearest integers, dB")
+    panels[3].barh(list(gains)[::-1], list(gains.values())[::-1], color=colours[::-1])
+    panels[3].tick_params("y", labelsize=7)
+    panels[3].set(xlabel="error by the nearest integers / this, dB")
     save(figure, "rounding")
+    power = {label: (error**2).mean() for label, error in errors.items()}
+    of_first = 10 * torch.log10(power["nearest integers"] / power["errors cancel"])
     print(f"{name}: {changed.float().mean():.1%} of the first row's weights are not the nearest "
-          f"integer; the output's error falls by {gains[name]:.1f} dB")  # fmt: skip
+          f"integer; the output's error falls by {gains[name]:.1f} dB, that of the first channel "
+          f"by {of_first:.1f}")  # fmt: skip
 
 
 def eight_bits(walk, pyplot):
@@ -394,18 +408,21 @@ def eight_bits(walk, pyplot):
 
 
 def crops(walk, pyplot, top=190, left=230, side=200):
-    """The same crop by the three codecs, in as many bytes."""
+    """The same crop by JPEG and by the three codecs, in as many bytes."""
     size = len(lic.load(CHECKPOINTS / "quantized.pt").encode(walk.image, 1))
-    box = np.s_[top : top + side, left : left + side]
-    pictures, captions = [walk.image[box]], ["original"]
-    for name in ("dense", "pruned", "quantized"):
-        coder = lic.load(CHECKPOINTS / f"{name}.pt")
+    _, data, decoded = best_within(walk.image, "JPEG", size)
+    coded = [("JPEG", data, decoded)]
+    for name in ("dense.pt", "pruned.pt", "quantized.pt"):
+        coder = lic.load(CHECKPOINTS / name)
         qualities = [step / 64 for step in range(0, 2 * 64 + 1)]
         too_many = bisect_right(qualities, size, key=lambda q: len(coder.encode(walk.image, q)))
         data = coder.encode(walk.image, qualities[too_many - 1])  # the best of no more bytes
-        decoded = coder.decode(data)
+        coded.append((name, data, coder.decode(data)))
+    box = np.s_[top : top + side, left : left + side]
+    pictures, captions = [walk.image[box]], ["original"]
+    for name, data, decoded in coded:
         pictures.append(decoded[box])
-        captions.append(f"{name}.pt\n{len(data):,} bytes, {psnr(walk.image, decoded):.2f} dB")
+        captions.append(f"{name}\n{len(data):,} bytes, {psnr(walk.image, decoded):.2f} dB")
         print(captions[-1].replace("\n", ": "))
     write_bytes(FOLDER / "crops.png", png_bytes(beside(pictures, captions)))
 
