@@ -6,8 +6,8 @@
 For each checkpoint, level and image: the file is written, read back and decoded; bpp is 8 * bytes /
 pixels, quality is that of the decoded 8-bit image. Every figure is the mean over the images;
 MS-SSIM in dB is -10 log10(1 - that mean).
-BD-rate: PSNR, PCHIP over log rate, of each checkpoint against every other curve; negative is
-better.
+BD-rate: of each checkpoint against every other curve, by PSNR and by MS-SSIM in dB; negative is
+better. The logarithm of the mean rate is interpolated over the mean quality by PCHIP.
 """
 
 import lic.interrupt  # first: from here on Ctrl-C is a word
@@ -15,14 +15,21 @@ import lic.interrupt  # first: from here on Ctrl-C is a word
 import json
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from lic.codec.bitstream import padded_pixels
 from lic.codec.checkpoint import load_checkpoint
 from lic.files import MAX_PIXELS, UNREADABLE, LicError, claim_output, read_bytes, write_bytes
 from lic.images import dead_leaves, find_images, read_images, split
-from lic.measure import LOSSLESS, Record, measure_checkpoint, measure_classical, points
+from lic.measure import (
+    LOSSLESS,
+    Record,
+    in_dB,
+    measure_checkpoint,
+    measure_classical,
+    ms_ssim_points,
+    points,
+)
 from lic.metrics import bd_rate, shared_range
 from lic.options import make_parser, positive_whole_number, whole_number
 from lic.plots import import_pyplot, plot_rate_distortion
@@ -64,14 +71,14 @@ def parse_args():
     return parser.parse_args()
 
 
-def show_bd_rates(ours, others):
+def show_bd_rates(ours, others, quality="PSNR"):
     """A row an anchor, a column a checkpoint, and why where two curves cannot be compared.
 
-    ours, others: {name: [(bpp, PSNR)]}; both serve as anchors.
+    ours, others: {name: [(bpp, quality in dB)]}; both serve as anchors. quality: its name.
     """
     print(
-        "\nPSNR BD-rate of each checkpoint (column) against each curve (row); "
-        "negative: smaller files at equal PSNR"
+        f"\n{quality} BD-rate of each checkpoint (column) against each curve (row); "
+        f"negative: smaller files at equal {quality}"
     )
     labels = [Path(name).name for name in ours]
     if len(set(labels)) < len(labels):
@@ -141,14 +148,13 @@ def show_checkpoint(result):
         "  lambda      bpp  ideal bpp   PSNR dB   MS-SSIM  (dB)    encode s  decode s  alive y, z"
     )
     for row in result["levels"]:
-        ms_ssim_dB = min(LOSSLESS, -10 * np.log10(max(1 - row["ms_ssim"], 1e-10)))
         ideal, alive = "-", "-"
         if "ideal_bpp" in row:  # not with --effort
             ideal = f"{row['ideal_bpp']:.4f}"
             alive = f"{row['alive_y']}/{channels['y']}, {row['alive_z']}/{channels['z']}"
         print(
             f"  {row['lmbda']:<8} {row['bpp']:8.4f} {ideal:>9} {row['psnr']:9.3f} "
-            f"{row['ms_ssim']:9.4f} {ms_ssim_dB:6.2f} {row['encode_seconds']:9.3f} "
+            f"{row['ms_ssim']:9.4f} {in_dB(row['ms_ssim']):6.2f} {row['encode_seconds']:9.3f} "
             f"{row['decode_seconds']:9.3f}  {alive}",
             flush=True,
         )
@@ -194,9 +200,13 @@ def main():
                 f"  {row['quality']:<8} {row['bpp']:7.4f} {row['psnr']:9.3f} {row['ms_ssim']:9.4f}"
             )
 
+    anchor = checkpoints[0]["levels"]
     for result in checkpoints:
-        anchor = points(checkpoints[0]["levels"])
-        result["bd_rate_percent"], _ = bd_rate(anchor, points(result["levels"]))
+        levels = result["levels"]
+        result["bd_rate_percent"], _ = bd_rate(points(anchor), points(levels))
+        result["ms_ssim_bd_rate_percent"], _ = bd_rate(
+            ms_ssim_points(anchor), ms_ssim_points(levels)
+        )
     ours = {name_of(result): points(result["levels"]) for result in checkpoints}
     others = {name: points(rows) for name, rows in classical.items()} | published
 
@@ -214,6 +224,9 @@ def main():
         drawn = {name: curve for name, curve in others.items() if name in DRAWN}
         plot_rate_distortion(args.plot, ours, drawn)
     show_bd_rates(ours, others)
+    ours = {name_of(result): ms_ssim_points(result["levels"]) for result in checkpoints}
+    others = {name: ms_ssim_points(rows) for name, rows in classical.items()}
+    show_bd_rates(ours, others, "MS-SSIM")
 
 
 if __name__ == "__main__":

@@ -311,4 +311,15 @@ def measure_pillow(_, image, form, quality):
 
 
 def points(rows):
+    """[(bpp, PSNR)] of measured levels or qualities."""
     return [(row["bpp"], row["psnr"]) for row in rows]
+
+
+def ms_ssim_points(rows):
+    """[(bpp, MS-SSIM in dB)] of the same."""
+    return [(row["bpp"], in_dB(row["ms_ssim"])) for row in rows]
+
+
+def in_dB(ms_ssim):
+    """-10 log10(1 - MS-SSIM), at most LOSSLESS: near 1 it tells more than MS-SSIM itself."""
+    return min(LOSSLESS, -10 * np.log10(max(1 - ms_ssim, 1e-10)))
