@@ -12,7 +12,9 @@ better. The logarithm of the mean rate is interpolated over the mean quality by 
 
 import lic.interrupt  # first: from here on Ctrl-C is a word
 
+import itertools
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -20,7 +22,7 @@ import torch
 from lic.codec.bitstream import padded_pixels
 from lic.codec.checkpoint import load_checkpoint
 from lic.files import MAX_PIXELS, UNREADABLE, LicError, claim_output, read_bytes, write_bytes
-from lic.images import dead_leaves, find_images, read_images, split
+from lic.images import dead_leaves, digest, find_images, held_out, read_image, read_images
 from lic.measure import (
     LOSSLESS,
     Record,
@@ -84,10 +86,11 @@ def show_bd_rates(ours, others, quality="PSNR"):
     if len(set(labels)) < len(labels):
         labels = list(ours)
     width = max(15, *(len(label) + 2 for label in labels))
-    print(" " * 44 + "".join(f"{label:>{width}}" for label in labels))
+    first = max(44, *(len(name) + 2 for name in ours | others))
+    print(" " * first + "".join(f"{label:>{width}}" for label in labels))
     remarks = []
     for name, anchor in (ours | others).items():
-        row = f"{name:44}"
+        row = f"{name:{first}}"
         for test_name, test in ours.items():
             percent, why = bd_rate(anchor, test, (name, test_name))
             cell = "-" if why else f"{percent:+.2f} %"
@@ -123,13 +126,16 @@ def images_of(args):
     if args.data is None:
         return [dead_leaves(seed) for seed in range(1000, 1004)]
     paths = find_images(args.data)
+    if args.held_out:  # one after the other: all of them may be more than memory holds
+        chosen = held_out([digest(read_image(path)) for path in paths])
+        paths = list(itertools.compress(paths, chosen))
     images = read_images(paths)
     for path, image in zip(paths, images):
         if padded_pixels(*image.shape[:2]) > MAX_PIXELS:  # a long thin one, say
             raise LicError(f"{path}, padded, has more than {MAX_PIXELS} pixels; leave it out")
         if (image == image[0, 0]).all():
             print(f"{path} is one colour; where it comes back exactly it counts as {LOSSLESS} dB")
-    return split(images)[1] if args.held_out else images
+    return images
 
 
 def name_of(result):
@@ -174,7 +180,14 @@ def main():
         choose_gpu()
     published = load_published(args.published) if args.published else {}
     for path in args.checkpoints:
-        load_checkpoint(path)  # refuse a bad one before measuring the others
+        _, meta = load_checkpoint(path)  # refuse a bad one before measuring the others
+        folders = {entry["arguments"].get("validation") for entry in meta["lineage"]} - {None}
+        if args.held_out and folders:
+            print(
+                f"warning: {path} was trained with --validation {' '.join(sorted(folders))} and "
+                "saw what --held-out chooses; give that folder as --data",
+                file=sys.stderr,
+            )
     files = [*args.checkpoints, args.data, args.published, args.json, args.plot]
     record = Record(args.record, filter(None, files))
     images = images_of(args)

@@ -9,6 +9,7 @@ The last: the same steps with nothing removed, to compare with; it writes runs/c
 
 import lic.interrupt  # first: from here on Ctrl-C is a word
 
+import shlex
 import sys
 
 import torch
@@ -101,9 +102,10 @@ def main():
             print(f"{name:20}", *(f"{v:.4f}" for v in J))
     stage = "control" if args.control else "prune"
     save_checkpoint(args.out, model, build_tables(model), stage, vars(args), steps, meta, metrics)
-    following = f"quantize.py --checkpoint {args.out}{data_option(args)}"
+    out = shlex.quote(args.out)
+    following = f"quantize.py --checkpoint {out}{data_option(args)}"
     if args.control:
-        following = f"evaluate.py {args.out} runs/pruned.pt{held_out_option(args)}"
+        following = f"evaluate.py {out} runs/pruned.pt{held_out_option(args)}"
     print(f"wrote {args.out}; next: python {following}")
 
 

@@ -12,6 +12,8 @@ scale an output channel, so that the errors cancel in each layer's output.
 
 import lic.interrupt  # first: from here on Ctrl-C is a word
 
+import shlex
+
 from lic.codec.checkpoint import FLOAT_STAGES, load_checkpoint, save_checkpoint
 from lic.codec.eight_bits import eight_bit_inputs, pixel_layers, quantize_layers
 from lic.codec.integer import freeze_h_s
@@ -77,8 +79,8 @@ def main():
     save_checkpoint(
         args.out, model, build_tables(model), "quantize", vars(args), steps, meta, metrics
     )
-    following = f"evaluate.py {args.checkpoint} {args.out}{held_out_option(args)}"
-    print(f"wrote {args.out}; next: python {following}")
+    codecs = f"{shlex.quote(args.checkpoint)} {shlex.quote(args.out)}"
+    print(f"wrote {args.out}; next: python evaluate.py {codecs}{held_out_option(args)}")
 
 
 if __name__ == "__main__":

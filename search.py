@@ -11,6 +11,7 @@ import lic.interrupt  # first: from here on Ctrl-C is a word
 
 import copy
 import functools
+import shlex
 import time
 
 import numpy as np
@@ -160,19 +161,9 @@ def main():
         # the threshold alpha, moved until the target is met
         alpha, widths, S = search.adaptive_search(table, share, args.target)
         print(f"alpha {alpha:.5f}")
-    missed, method = abs(S - args.target) > args.delta, args.method
-    if missed and method == "evolve":
-        method = "threshold"  # a start that is not what was asked for is not evolved
-    if method == "evolve":  # whole plans
-        rng = np.random.default_rng(args.seed)
-        widths = search.evolve(cutter.rise, share, widths, config, args.tries, rng)
 
-    J_zeros, J_folded = cutter.loss(widths, fold=False), cutter.loss(widths)
-    sparsity = search.sparsity(config, widths, cost)
-    out = free_name(args.out + ".nearest") if missed else args.out  # not what was asked for
-    save_plan(
-        out,
-        {
+    def plan_of(widths, method):
+        return {
             "baseline": meta["fingerprint"],
             "method": method,
             "importance": args.importance,
@@ -186,23 +177,33 @@ def main():
             "lambdas": model.lambdas,
             "widths": widths,
             "keep": {group: kept.tolist() for group, kept in cutter.kept(widths).items()},
-            "sparsity": sparsity,
+            "sparsity": search.sparsity(config, widths, cost),
             "sensitivity": table,
             "J": cutter.J.tolist(),
-            "J_zeros": J_zeros.tolist(),
-            "J_folded": J_folded.tolist(),
-        },
-    )
+            "J_zeros": cutter.loss(widths, fold=False).tolist(),
+            "J_folded": cutter.loss(widths).tolist(),
+        }
+
+    missed = abs(S - args.target) > args.delta
+    out = free_name(args.out + ".nearest") if missed else args.out  # not what was asked for
+    plan = plan_of(widths, "uniform" if args.method == "uniform" else "threshold")
+    save_plan(out, plan)
+    if args.method == "evolve" and not missed:  # whole plans; if it is stopped the first one stays
+        rng = np.random.default_rng(args.seed)
+        widths = search.evolve(cutter.rise, share, widths, config, args.tries, rng)
+        plan = plan_of(widths, "evolve")
+        save_plan(out, plan)
 
     print("kept:", "  ".join(f"{g} {w}/{config['widths'][g]}" for g, w in widths.items()))
+    sparsity = plan["sparsity"]
     print(
         f"removed: {sparsity['params']:.1%} of the parameters, "
         f"{sparsity['macs']:.1%} of the multiply-accumulates"
         + (f", {sparsity['time']:.1%} of the time" if cost else "")
     )
-    rows = {"dense": cutter.J, "cut and folded": J_folded, "cut, not folded": J_zeros}
-    for what, J in rows.items():
-        print(f"J a level, {what:20}", *(f"{v:.4f}" for v in J))
+    rows = {"dense": "J", "cut and folded": "J_folded", "cut, not folded": "J_zeros"}
+    for what, key in rows.items():
+        print(f"J a level, {what:20}", *(f"{v:.4f}" for v in plan[key]))
     print(f"wrote {out} after {time.monotonic() - start:.0f} s")
     if missed:
         advice = "change --target or --delta"
@@ -212,7 +213,8 @@ def main():
             f"no plan removes {args.target:.1%} of {args.of} within {args.delta:.1%}; "
             f"the nearest removes {S:.1%}: {advice}"
         )
-    print(f"next: python prune.py --checkpoint {args.checkpoint} --plan {out}{data_option(args)}")
+    codec, plan = shlex.quote(args.checkpoint), shlex.quote(out)
+    print(f"next: python prune.py --checkpoint {codec} --plan {plan}{data_option(args)}")
 
 
 if __name__ == "__main__":

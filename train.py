@@ -9,6 +9,8 @@ Each image of a batch is coded at a rate level of its own.
 
 import lic.interrupt  # first: from here on Ctrl-C is a word
 
+import shlex
+
 import torch
 
 from lic.codec.checkpoint import FLOAT_STAGES, load_checkpoint, save_checkpoint
@@ -59,10 +61,10 @@ def main():
     check_out(args)
     torch.manual_seed(args.seed)
     parent, stage = None, "train"
-    if args.checkpoint:
+    if args.checkpoint is not None:
         model, parent = load_checkpoint(args.checkpoint, stages=FLOAT_STAGES)
         stage = parent["stage"]  # a pruned codec stays one
-    elif args.plan:
+    elif args.plan is not None:
         plan = load_plan(args.plan)
         model = Codec({key: plan[key] for key in ("widths", "lambdas")})
     else:
@@ -80,7 +82,8 @@ def main():
     metrics = {"held_out_J": mean_loss(model, held_out).tolist()}
     print("held_out_J", *(f"{v:.4f}" for v in metrics["held_out_J"]))
     save_checkpoint(args.out, model, build_tables(model), stage, vars(args), steps, parent, metrics)
-    print(f"wrote {args.out}; next: python search.py --checkpoint {args.out}{data_option(args)}")
+    following = f"search.py --checkpoint {shlex.quote(args.out)}{data_option(args)}"
+    print(f"wrote {args.out}; next: python {following}")
 
 
 if __name__ == "__main__":

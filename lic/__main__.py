@@ -149,7 +149,10 @@ def compare(args):
     data = encode(codec, image, quality, args.effort, args.max_pixels, verbose=True)
     results = [("lic", quality, data, codec.decode(data, args.max_pixels))]
     for name, form in (("JPEG", "JPEG"), ("WebP", "WEBP")):
-        results.append((name, *best_within(image, form, len(data))))
+        try:
+            results.append((name, *best_within(image, form, len(data))))
+        except LicError as error:
+            print(f"{name} is left out: {error}")
 
     pictures, captions = [image], [f"original\n{image.size:,} bytes"]
     for name, quality, coded, decoded in results:
@@ -163,7 +166,8 @@ def compare(args):
         captions.append(f"{name}\n{len(coded):,} bytes, {dB:.2f} dB")
     crops = [picture[y : y + args.crop, x : x + args.crop] for picture in pictures]
     write_bytes(args.output, png_bytes(beside(crops, captions)))
-    print(f"{args.output}, left to right: original, lic, JPEG, WebP")
+    shown = ["original", *(name for name, *_ in results)]
+    print(f"{args.output}, left to right: {', '.join(shown)}")
 
 
 def show(args):

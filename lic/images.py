@@ -17,14 +17,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from lic.files import MAX_PIXELS, LicError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".avif"}
 HELD_OUT = 16  # one image in so many
 # TIFF and EXIF tags
-BITS_PER_SAMPLE, PHOTOMETRIC, ORIENTATION, SAMPLE_FORMAT = 258, 262, 274, 339
+SUBFILE_TYPE, BITS_PER_SAMPLE, PHOTOMETRIC, ORIENTATION, SAMPLE_FORMAT = 254, 258, 262, 274, 339
 TURNS = {  # EXIF orientation: what shows the picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -56,8 +56,8 @@ def read_image(path, max_pixels=MAX_PIXELS):
             width, height = file.size
             if width * height > max_pixels:
                 raise ValueError(
-                    f"{width}x{height} pixels, more than the limit of {max_pixels}; "
-                    "see --max-pixels"
+                    f"{width}x{height} pixels, more than the limit of {max_pixels} "
+                    "(python -m lic has --max-pixels)"
                 )
             file.load()
             image = turned(file)
@@ -66,6 +66,13 @@ def read_image(path, max_pixels=MAX_PIXELS):
             return to_rgb(image, file)
     except MemoryError as error:
         raise LicError(f"cannot read {path} as an image: not enough memory") from error
+    except UnidentifiedImageError as error:
+        raise LicError(
+            f"cannot read {path} as an image: it is damaged, none, or of a kind that Pillow does "
+            "not know (HEIC, raw); convert it to PNG or JPEG first"
+        ) from error
+    except OSError as error:
+        raise LicError(f"cannot read {path} as an image: {error.strerror or error}") from error
     except Exception as error:  # whatever a decoder raises, the file is to blame
         raise LicError(f"cannot read {path} as an image: {error}") from error
 
@@ -115,6 +122,8 @@ def with_transparent_colour(image, file, bits):
 def to_rgb(image, file):
     """(H, W, 3) uint8 of `image`, which was opened as `file` and may have been changed since."""
     tags = file.tag_v2 if file.format == "TIFF" else {}
+    if tags.get(SUBFILE_TYPE, 0) & 1:
+        raise ValueError("its first picture is a preview, as in raw files; develop it first")
     unsigned = set(tags.get(SAMPLE_FORMAT, (1,))) == {1}
     if not unsigned and image.mode not in ("I", "F"):
         raise ValueError("its samples are no unsigned integers; convert it first")
@@ -234,15 +243,23 @@ class Images(list):
 def split(images):
     """Training and validation images, two Images.
 
-    One in sixteen is held out, by its digest; if that is none, the one with the least digest. If
-    that would leave none to train on, as of a single image, all are both.
+    If that would leave none to train on, as of a single image, all are both.
     """
-    held_out = [d[0] % HELD_OUT == 0 for d in images.digests]
-    if not any(held_out):
-        held_out[images.digests.index(min(images.digests))] = True
-    validation = images.where(held_out)
-    train = images.where([not held for held in held_out])
+    chosen = held_out(images.digests)
+    validation = images.where(chosen)
+    train = images.where([not held for held in chosen])
     return train or validation, validation
+
+
+def held_out(digests):
+    """Which of some images are held out, a list of bool: one in sixteen, by its digest.
+
+    If that is none, the one with the least digest.
+    """
+    chosen = [d[0] % HELD_OUT == 0 for d in digests]
+    if not any(chosen):
+        chosen[digests.index(min(digests))] = True
+    return chosen
 
 
 def dead_leaves(seed, size=256):

@@ -21,7 +21,7 @@ from lic.codec import structure
 from lic.codec.bitstream import ImageCoder, load_coder, padded, padded_pixels
 from lic.codec.checkpoint import load_checkpoint
 from lic.codec.coder import PRECISION
-from lic.codec.strips import coarse_side
+from lic.codec.strips import WHOLE, coarse_side
 from lic.files import UNREADABLE, LicError, claim_output, read_bytes, write_bytes
 from lic.images import dead_leaves, digest
 from lic.metrics import bits_per_pixel, ms_ssim, psnr
@@ -69,7 +69,7 @@ class Record:
 
 
 @contextmanager
-def crew(path, coder, workers):
+def crew(path, coder, workers, effort=0):
     """Yields each(function, jobs): the results of function(coder, *job) for all jobs, in order.
 
     With several workers these are processes, with one thread and the codec in `path` each, if there
@@ -79,7 +79,7 @@ def crew(path, coder, workers):
         yield lambda function, jobs: (function(coder, *job) for job in jobs)
         return
     spawn = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
-    settings = (path, coder.amp, str(coder.device)) if coder else ()
+    settings = (path, coder.amp, str(coder.device), effort) if coder else ()
     pool = ProcessPoolExecutor(workers, spawn, begin_work, settings)
     try:
         yield lambda function, jobs: pool.map(functools.partial(work, function), jobs)
@@ -95,7 +95,7 @@ def crew(path, coder, workers):
 _coder = None  # of a process of the crew
 
 
-def begin_work(path=None, amp=False, device="cpu"):
+def begin_work(path=None, amp=False, device="cpu", effort=0):
     """In a process of the crew, once. path: of the codec, or None."""
     global _coder
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is told by the first process
@@ -103,7 +103,12 @@ def begin_work(path=None, amp=False, device="cpu"):
     torch.set_num_threads(1)
     if path:
         _coder = load_coder(path, amp, device)
-        _coder.decode(_coder.encode(dead_leaves(0), 0))  # warm-up
+        warm_up(_coder, dead_leaves(0), effort)
+
+
+def warm_up(coder, image, effort=0):
+    """The first file takes longer: not one whose seconds count."""
+    coder.decode(lic.encode(coder, image, 0, min(effort, 1)))
 
 
 def work(function, job):
@@ -197,8 +202,12 @@ def ideal_bits(coder, image, level):
     """-log2 p of the rounded latents, by channel of y and of z: (M,) and (Z,) float64.
 
     By the model, in float32 on the CPU: with continuous scales where a file has 64, and at most
-    MAX_BITS a symbol. The picture in one piece: 33 megapixels take some 15 GB.
+    MAX_BITS a symbol. A picture that is too large to pass in one piece by its tables.
     """
+    if padded_pixels(*image.shape[:2]) > WHOLE:
+        y, z = coder.latents(image, float(level))
+        y_bits, z_bits = coded_bits(coder, y, z)
+        return y_bits.sum((1, 2)), z_bits.sum((1, 2))
     with torch.inference_mode():
         out = coder.model(padded(image), torch.tensor([float(level)]))
     return out.y_bits[0].double().numpy(), out.z_bits[0].double().numpy()
@@ -229,9 +238,9 @@ def measure_checkpoint(path, images, amp=False, effort=0, record=None, workers=1
     """All levels of a checkpoint. effort: steps of train/effort.py; record: a Record or None."""
     model, meta = load_checkpoint(path)
     coder = ImageCoder(model, meta["tables"], meta["fingerprint"], amp, device)
-    coder.decode(coder.encode(images[0], 0))  # warm-up
+    warm_up(coder, images[0], effort)
     threads = torch.get_num_threads() if workers == 1 else 1
-    with crew(path, coder, workers) as each:
+    with crew(path, coder, workers, effort) as each:
         levels = measure_levels(coder, images, each, effort, record, threads)
         if effort == 0:
             for level, row in enumerate(levels):

@@ -50,6 +50,7 @@ from lic.images import (
 
 FORMAT, VERSION = "lic photographs", 1
 FEW = 64  # photographs, which one process has decoded before others have started
+LARGEST = 2**28  # pixels of a photograph: only crops of it pass through a codec
 READERS = 8  # processes, at most: what they decode passes through this one
 
 
@@ -94,7 +95,22 @@ def load_images(data, crop, validation=None, cache=None, skip_bad=False):
 
     if validation is None:
         return split(read(data))
-    return read(data), read(validation)
+    return train_on_the_others(read(data), read(validation))
+
+
+def train_on_the_others(train, validation):
+    """Both, the training images without those that are held out, too, by their pixels.
+
+    A folder to hold out may lie in the folder to train on. If all are held out all are both.
+    """
+    held_out = set(validation.digests)
+    others = train.where([digest not in held_out for digest in train.digests])
+    if not others:
+        print("warning: all training images are held out, too: J will be of trained images")
+        return train, validation
+    if len(others) < len(train):
+        print(f"{len(train) - len(others)} images are held out, too, and not trained on")
+    return others, validation
 
 
 def open_photographs(folder, cache, crop=0, skip_bad=False):
@@ -308,7 +324,7 @@ def decode(path):
     """The image, its Entry at offset 0, and None; or None twice and the sentence that says why."""
     before = stamp(path)
     try:
-        image = read_image(path)
+        image = read_image(path, LARGEST)
         if stamp(path) != before:
             raise LicError(f"{path} has changed while it was read")
     except LicError as error:

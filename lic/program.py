@@ -111,7 +111,8 @@ class PatientLog(io.TextIOBase):
     def __init__(self, stream):
         self.stream, self.broken = stream, stream is None  # None: it was closed before we began
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+            # a line at a time also into a file, where hours of work are watched
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
 
     def write(self, text):
         self._attempt(lambda: self.stream.write(text))

@@ -192,7 +192,12 @@ class Decoder:
 if __name__ == "__main__":
     from PIL import Image  # only to write the PNG
 
+    if len(sys.argv) != 4:
+        sys.exit("usage: python ports/numpy_decoder.py codec.npz photo.lic photo.png")
     archive, compressed, png = sys.argv[1:]
-    with open(compressed, "rb") as file:
-        _, _, pixels = Decoder(dict(np.load(archive))).decode(file.read())
+    try:
+        with open(compressed, "rb") as file:
+            _, _, pixels = Decoder(dict(np.load(archive))).decode(file.read())
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
     Image.fromarray(pixels).save(png)

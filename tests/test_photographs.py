@@ -66,7 +66,9 @@ def test_only_what_is_new_is_decoded_and_what_is_gone_is_dropped(folder, cache, 
     os.utime(folder / "2.png", ns=(0, 0))  # the same, touched
     add_photograph(folder, "4.png", 11)
     decoded, real = [], photographs.read_image
-    monkeypatch.setattr(photographs, "read_image", lambda p: decoded.append(p.name) or real(p))
+    monkeypatch.setattr(
+        photographs, "read_image", lambda p, n: decoded.append(p.name) or real(p, n)
+    )
     assert same(open_photographs(folder, cache), read_images(find_images(folder)))
     assert decoded == ["1.png", "2.png", "4.png"]
     assert same(before, pixels)  # which a run that goes on still sees
@@ -176,8 +178,8 @@ def test_a_disk_that_is_too_small_is_told_first(folder, cache, monkeypatch):
 def test_a_photograph_that_changes_while_it_is_read_is_named(folder, cache, monkeypatch):
     real = photographs.read_image
 
-    def slow(path):
-        image = real(path)
+    def slow(path, max_pixels):
+        image = real(path, max_pixels)
         if path.name == "1.png":
             add_photograph(folder, "1.png", 30)
         return image
@@ -234,3 +236,26 @@ def test_the_stages_share_one_cache(folder, cache, tmp_path, monkeypatch, capsys
     prune = ["--control", *training, "--out", control]
     assert run_script(monkeypatch, "prune.py", *arguments, *prune) == 0
     assert "decoding" not in capsys.readouterr().out
+
+
+def test_what_is_held_out_is_not_trained_on_wherever_it_lies(folder, tmp_path, cache, capsys):
+    (folder / "held").mkdir()
+    add_photograph(folder, "held/5.png", 30)
+    (tmp_path / "copies").mkdir()
+    (tmp_path / "copies" / "again.png").write_bytes((folder / "0.png").read_bytes())
+    train, validation = load_images(folder, 32, folder / "held", cache)
+    assert len(train) == 4 and len(validation) == 1
+    assert "1 images are held out, too, and not trained on" in capsys.readouterr().out
+    train, _ = load_images(folder, 32, tmp_path / "copies", cache)
+    assert len(train) == 4 and (folder / "0.png").exists()
+    train, validation = load_images(folder, 32, folder, cache)
+    assert len(train) == len(validation) == 5
+    assert "J will be of trained images" in capsys.readouterr().out
+
+
+def test_photographs_beyond_the_coders_limit_can_be_trained_on(tmp_path):
+    Image.new("1", (2**13 + 1, 2**12)).save(tmp_path / "large.png")
+    with pytest.raises(LicError, match="more than the limit of 33554432"):
+        read_images([tmp_path / "large.png"])
+    _, entry, fault = photographs.decode(tmp_path / "large.png")
+    assert fault is None and (entry.height, entry.width) == (2**12, 2**13 + 1)

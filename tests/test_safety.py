@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -123,6 +124,23 @@ def test_long_texts_do_not_make_a_picture_unreadable(tmp_path):
     texts.add_text("comment", "x" * 2_000_000, zip=True)
     Image.fromarray(dead_leaves(0, 64)).save(tmp_path / "a.png", pnginfo=texts)
     assert np.array_equal(read_image(tmp_path / "a.png"), dead_leaves(0, 64))
+
+
+def test_what_pillow_does_not_know_is_told_apart_from_what_is_not_there(tmp_path):
+    (tmp_path / "a.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+    with pytest.raises(LicError, match=r"a.heic as an image: .*\(HEIC, raw\); convert it"):
+        read_image(tmp_path / "a.heic")
+    with pytest.raises(LicError, match="none.png as an image: No such file or directory$"):
+        read_image(tmp_path / "none.png")
+
+
+def test_the_preview_of_a_raw_file_is_not_taken_for_the_picture(tmp_path):
+    image = Image.fromarray(dead_leaves(0, 64))
+    image.save(tmp_path / "raw.tif", tiffinfo={254: 1})
+    with pytest.raises(LicError, match="its first picture is a preview"):
+        read_image(tmp_path / "raw.tif")
+    image.save(tmp_path / "plain.tif", tiffinfo={254: 0})
+    assert np.array_equal(read_image(tmp_path / "plain.tif"), np.asarray(image))
 
 
 def test_the_limit_on_pixels_is_our_own(tmp_path, monkeypatch):
@@ -415,7 +433,7 @@ def test_a_run_whose_checkpoint_was_not_written_is_not_begun_anew(
     out = tmp_path / "a.pt"
     whole = stopped_run(out, photos, monkeypatch)
     assert run_script(monkeypatch, *TRAINING, "--data", photos, "--out", out) == 2
-    assert "go on with --resume" in capsys.readouterr().err and not out.exists()
+    assert "write it with --resume" in capsys.readouterr().err and not out.exists()
     cut_alone = [*TRAINING, "--data", photos, "--out", out, "--steps", 0]
     assert run_script(monkeypatch, *cut_alone) == 2 and not out.exists()  # nor replaced by no steps
     assert run_script(monkeypatch, "train.py", "--resume", "--out", out) == 0  # it knows the rest
@@ -568,6 +586,36 @@ def test_a_state_belongs_to_its_stage_and_its_start(tmp_path, photos, monkeypatc
     assert "preset was 'tiny', is 'small'" in capsys.readouterr().err
 
 
+def test_to_finish_a_run_the_photographs_do_not_matter(tmp_path, photos, monkeypatch):
+    out, folder = tmp_path / "a.pt", shutil.copytree(photos, tmp_path / "photos")
+    whole = stopped_run(out, folder, monkeypatch)
+    Image.fromarray(dead_leaves(50, 64)).save(folder / "another.png")
+    resume = ["train.py", "--resume", "--out", out]
+    assert run_script(monkeypatch, *resume) == 2
+    assert run_script(monkeypatch, *resume, "--finish") == 0
+    assert load_checkpoint(out)[1]["fingerprint"] == whole
+
+
+def test_a_folder_of_the_same_photographs_may_have_another_name(tmp_path, photos, monkeypatch):
+    out, folder = tmp_path / "a.pt", shutil.copytree(photos, tmp_path / "photos")
+    whole = stopped_run(out, folder, monkeypatch)
+    moved = folder.rename(tmp_path / "moved")
+    resume = ["train.py", "--resume", "--out", out, "--data", moved]
+    assert run_script(monkeypatch, *resume) == 0
+    assert load_checkpoint(out)[1]["fingerprint"] == whole
+
+
+def test_what_was_held_out_by_name_is_remembered(tmp_path, photos, monkeypatch, capsys):
+    out = tmp_path / "a.pt"
+    command = [*TRAINING, "--data", photos, "--validation", photos, "--out", out]
+    assert run_script(monkeypatch, *command) == 0
+    arguments = load_checkpoint(out)[1]["lineage"][-1]["arguments"]
+    assert arguments["validation"] == photos.name and "cache" not in arguments
+    evaluate = ["evaluate.py", out, "--data", photos, "--held-out"]
+    assert run_script(monkeypatch, *evaluate) == 0
+    assert f"was trained with --validation {photos.name}" in capsys.readouterr().err
+
+
 def test_a_run_begun_anew_does_not_go_on_from_the_old_one(tmp_path, photos, monkeypatch):
     """Even if it is killed before its first save."""
     out = tmp_path / "a.pt"
@@ -621,6 +669,13 @@ def test_a_closed_log_is_no_error():
     log = PatientLog(stream)
     stream.close()
     assert log.write("a") == 1 and log.broken
+
+
+def test_a_log_in_a_file_is_written_a_line_at_a_time(tmp_path):
+    with open(tmp_path / "log", "w") as stream:
+        log = PatientLog(stream)
+        log.write("a\n")
+        assert (tmp_path / "log").read_text() == "a\n"
 
 
 def test_closed_streams_cost_no_result_and_leave_no_lock(tmp_path):
@@ -683,7 +738,8 @@ def test_compiling_without_a_compiler_is_a_sentence(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(torch, "compile", fail)
     arguments = [*TRAINING, "--compile", "--out", tmp_path / "a.pt"]
     assert run_script(monkeypatch, *arguments) == 2
-    assert "--compile does not work here (no working C++ compiler)" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "--compile does not work here (no working C++ compiler); give --no-compile" in error
 
 
 @pytest.mark.parametrize("key", ["stage", "metrics", "lineage"])

@@ -2,6 +2,8 @@
 input."""
 
 import json
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -229,6 +231,40 @@ def test_the_next_command_holds_out_the_same_images(tmp_path, photos, monkeypatc
     search += ["--checkpoint", tmp_path / "dense.pt", "--out", tmp_path / "plan.json"]
     assert run_script(monkeypatch, "search.py", *images, *search) == 0
     assert capsys.readouterr().out.splitlines()[-1].endswith(f"--validation {photos}")
+
+
+def test_the_next_command_can_be_pasted(tmp_path, photos, monkeypatch, capsys):
+    folder = shutil.copytree(photos, tmp_path / "my photos")
+    (folder / "broken.png").write_bytes(b"no picture")
+    out, plan = tmp_path / "my runs" / "dense.pt", tmp_path / "my plan.json"
+    images = ["--data", folder, "--skip-bad", "--cache", tmp_path / "my cache"]
+    training = ["--steps", 1, "--batch", 1, "--crop", 64, "--out", out]
+    assert run_script(monkeypatch, "train.py", *images, *training) == 0
+    following = shlex.split(capsys.readouterr().out.splitlines()[-1].split("next: python ")[1])
+    assert following[0] == "search.py" and "--skip-bad" in following
+    more = ["--method", "uniform", "--crops", 1, "--crop", 64, "--delta", 0.5, "--out", plan]
+    assert run_script(monkeypatch, *following, *more) == 0
+    text = capsys.readouterr().out
+    assert "decoding 1 images" in text  # the broken one alone is tried again
+    following = shlex.split(text.splitlines()[-1].split("next: python ")[1])
+    assert following[0] == "prune.py" and following[following.index("--plan") + 1] == str(plan)
+
+
+def test_an_evolution_that_is_stopped_leaves_the_plan_it_began_with(
+    pipeline, photos, monkeypatch, capsys
+):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lic.shrink.search.evolve", stopped)
+    out = pipeline / "stopped.json"
+    arguments = ["--checkpoint", pipeline / "dense.pt", "--data", photos, "--crop", 64]
+    arguments += ["--crops", 2, "--target", 0.4, "--delta", 0.1, "--method", "evolve"]
+    arguments += ["--sensitivities", pipeline / "plan.json", "--out", out]
+    assert run_script(monkeypatch, "search.py", *arguments) == 130
+    plan = load_plan(out)
+    assert plan["method"] == "threshold"
+    assert plan["sensitivity"] == load_plan(pipeline / "plan.json")["sensitivity"]
 
 
 def test_a_quantized_checkpoint_is_not_pruned_again(pipeline, photos, monkeypatch, capsys):
@@ -639,7 +675,7 @@ def test_training_stops_with_a_sentence_when_the_loss_is_not_finite(tmp_path, ph
 
 FLAGS = {
     "amp",
-    "compile",
+    "compile,",  # and --no-compile
     "resume",
     "control",
     "held-out",

@@ -27,7 +27,6 @@ from ablation import (
     with_rounded_inputs,
 )
 from effort import STEPS, Search, straight_through
-from search import Cutter
 
 import lic
 from lic.codec import structure

@@ -22,7 +22,6 @@ from lic.codec.tables import Tables
 from lic.files import UNREADABLE, LicError, read_tensors, write_tensors
 
 FORMAT, VERSION = "lic checkpoint", 2  # version 1 had ReLUs in the hyper networks
-FOLDERS = ("data", "validation", "cache")  # arguments that are not recorded
 FLOAT_STAGES = ("train", "control", "prune")  # the others are quantized
 
 
@@ -62,10 +61,13 @@ def save_checkpoint(path, model, tables, stage, arguments, steps, parent=None, m
     tensors = {kind: tensors_of(table) for kind, table in tables.items()}
     data = None
     if "data" in arguments:
-        data = Path(arguments["data"]).resolve().name if arguments["data"] else "dead leaves"
+        data = folder_name(arguments["data"]) if arguments["data"] else "dead leaves"
+    arguments = {k: v for k, v in arguments.items() if k not in ("data", "cache")}
+    if arguments.get("validation"):
+        arguments["validation"] = folder_name(arguments["validation"])
     entry = {
         "stage": stage,
-        "arguments": {k: v for k, v in arguments.items() if k not in FOLDERS},
+        "arguments": arguments,
         "steps": steps,
         "data": data,
         "parent": parent["fingerprint"] if parent else None,
@@ -95,6 +97,11 @@ def check_finite(state_dict, metrics):
         json.dumps(metrics, allow_nan=False)
     except ValueError as error:
         raise LicError("J is not finite: the training has failed; use a smaller --lr") from error
+
+
+def folder_name(path):
+    """The last part of a folder's path, without links."""
+    return Path(path).resolve().name
 
 
 def tensors_of(table):

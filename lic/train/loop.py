@@ -77,7 +77,7 @@ def fit(model, train, held_out, args, origin=None):
     forward = compiled(model) if args.compile else model
     held_out = held_out.to(args.device)
     optimizer = Optimizer(model)
-    first = load_state(path, model, optimizer, settings) if args.resume else 0
+    first = load_state(path, model, optimizer, settings, args.finish) if args.resume else 0
     same_start(model, optimizer, first)
     lambdas = torch.tensor(model.lambdas, device=args.device)
     weights = level_weights(model.lambdas).to(args.device)
@@ -172,7 +172,7 @@ def compiled(model):
             raise
         except Exception as error:
             reason = str(error).strip().split("\n")[0]
-            raise LicError(f"--compile does not work here ({reason}); leave it out") from error
+            raise LicError(f"--compile does not work here ({reason}); give --no-compile") from error
 
     return forward
 

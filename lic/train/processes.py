@@ -73,7 +73,7 @@ def choose_gpu():
     """Let "cuda" be this process's own GPU; raises LicError if there is none."""
     number, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if gpus == 0:
-        raise LicError("--device cuda: this torch sees no GPU; leave the option out")
+        raise LicError("--device cuda: this torch sees no GPU; give --device cpu")
     if number >= gpus:
         raise LicError(
             f"--device cuda: there are {gpus} GPUs; start as many processes on a machine"

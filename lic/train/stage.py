@@ -3,6 +3,7 @@
 search.py takes of this the options of images; train.py, prune.py and quantize.py take all.
 """
 
+import argparse
 import shlex
 import sys
 from pathlib import Path
@@ -29,8 +30,8 @@ def add_training_arguments(parser, steps, lr, out):
     add("--lr", type=positive_number, default=lr, help=f"peak learning rate (default: {lr})")
     add("--amp", action="store_true",
         help="bf16 autocast: faster on a GPU and on most CPUs with AVX-512 bf16")
-    add("--compile", action="store_true",
-        help="fuse the kernels of a step: after half a minute much faster on a GPU")
+    add("--compile", action=argparse.BooleanOptionalAction, default=False,
+        help="fuse the kernels of a step: after half a minute much faster on a GPU (default: no)")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="where to train (default: cpu)")
     add("--seed", type=whole_number, default=0, help="of weights, crops and noise (default: 0)")
     add("--save-every", type=positive_whole_number, default=1000,
@@ -130,10 +131,11 @@ def check_out(args):
         return
     state = read_state(path, f"{path} is in the way and no training state; remove it")
     done, steps = state["step"], state["settings"]["steps"]
-    what = f"{path} holds a finished run whose checkpoint was not written"  # or OUT were there
     if done < steps:
-        what = f"{path} holds a run that was stopped at step {done} of {steps}"
-    raise LicError(f"{what}; go on with --resume, or begin anew with --overwrite")
+        what = f"{path} holds a run that was stopped at step {done} of {steps}; go on"
+    else:
+        what = f"{path} holds a finished run, and {args.out} is not there; write it"
+    raise LicError(f"{what} with --resume, or begin anew with --overwrite")
 
 
 def images_for(args, parent=None):
@@ -162,14 +164,16 @@ def data_option(args):
     """How the next stage's command goes on after its checkpoint, to see the same images."""
     if not args.data:
         return " --synthetic" if args.synthetic else ""
-    option = f" --data {shlex.quote(str(args.data))}"
+    option = f" --data {shlex.quote(args.data)}"
     if args.validation:
-        option += f" --validation {shlex.quote(str(args.validation))}"
-    return option
+        option += f" --validation {shlex.quote(args.validation)}"
+    if args.cache:
+        option += f" --cache {shlex.quote(args.cache)}"
+    return option + (" --skip-bad" if args.skip_bad else "")
 
 
 def held_out_option(args):
     """How evaluate.py's command goes on, to measure on what this stage held out."""
     if args.data and args.validation:
-        return f" --data {shlex.quote(str(args.validation))}"
-    return f"{data_option(args)} --held-out" if args.data else ""
+        return f" --data {shlex.quote(args.validation)}"
+    return f" --data {shlex.quote(args.data)} --held-out" if args.data else ""

@@ -59,15 +59,18 @@ def state_path(out):
     return os.path.realpath(out) + ".state"
 
 
-def load_state(path, model, optimizer, settings):
+def load_state(path, model, optimizer, settings, finishing=False):
     """Restore model and optimizer in place; returns the number of steps already done.
 
     Raises LicError if a setting is another than it was: but the rate may be smaller, and the number
-    of steps may change while the rate does not depend on it.
+    of steps may change while the rate does not depend on it. A folder of the same photographs may
+    have another name, and to one that is finishing, which takes no more steps, they do not matter.
     """
     state = read_state(path, f"{path} holds no training state; start without --resume")
     done, made_with = state["step"], state["settings"]
     changed = [key for key in settings if settings[key] != made_with.get(key)]
+    if "images" not in changed or finishing:
+        changed = [key for key in changed if key not in ("data", "images")]
     if "steps" in changed:
         warmup, decline = milestones(made_with["steps"])
         new_warmup, new_decline = milestones(settings["steps"])
