@@ -21,7 +21,8 @@ from lic.codec.eight_bits import WIDE, input_ranges
 from lic.codec.model import Codec, preset_config
 from lic.files import LicError
 from lic.images import dead_leaves, read_image
-from lic.measure import measure_classical
+from lic.measure import measure_classical, ms_ssim_points, points
+from lic.metrics import bd_rate
 from lic.shrink.plan import load_plan
 from lic.train.optimizer import Optimizer
 from lic.train.state import load_state, read_state
@@ -122,7 +123,13 @@ def test_evaluation_has_every_figure_and_they_are_consistent(pipeline):
             )
     for rows in result["classical"].values():
         assert [row["bpp"] for row in rows] == sorted(row["bpp"] for row in rows)
-    assert "BD-rate" in (pipeline / "table.txt").read_text()
+    table = (pipeline / "table.txt").read_text()
+    assert "\nPSNR BD-rate of each" in table and "\nMS-SSIM BD-rate of each" in table
+    first, second = (checkpoint["levels"] for checkpoint in result["checkpoints"][:2])
+    by_psnr, _ = bd_rate(points(first), points(second))
+    by_ms_ssim, _ = bd_rate(ms_ssim_points(first), ms_ssim_points(second))
+    assert result["checkpoints"][1]["bd_rate_percent"] == by_psnr
+    assert result["checkpoints"][1]["ms_ssim_bd_rate_percent"] == by_ms_ssim
 
 
 def test_lineage_tells_the_whole_story(pipeline):
