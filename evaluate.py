@@ -34,6 +34,7 @@ from lic.measure import (
 )
 from lic.metrics import bd_rate, shared_range
 from lic.options import make_parser, positive_whole_number, whole_number
+from lic.photographs import LARGEST
 from lic.plots import import_pyplot, plot_rate_distortion
 from lic.program import processor, run
 from lic.train.processes import choose_gpu
@@ -126,9 +127,8 @@ def images_of(args):
     if args.data is None:
         return [dead_leaves(seed) for seed in range(1000, 1004)]
     paths = find_images(args.data)
-    if args.held_out:  # one after the other: all of them may be more than memory holds
-        chosen = held_out([digest(read_image(path)) for path in paths])
-        paths = list(itertools.compress(paths, chosen))
+    if args.held_out:
+        paths = held_out_paths(paths)
     images = read_images(paths)
     for path, image in zip(paths, images):
         if padded_pixels(*image.shape[:2]) > MAX_PIXELS:  # a long thin one, say
@@ -136,6 +136,23 @@ def images_of(args):
         if (image == image[0, 0]).all():
             print(f"{path} is one colour; where it comes back exactly it counts as {LOSSLESS} dB")
     return images
+
+
+def held_out_paths(paths):
+    """Those that training holds out; what it cannot read it has refused, or left out by --skip-bad.
+
+    One image after the other: all of them may be more than memory holds.
+    """
+    readable, digests = [], []
+    for path in paths:
+        try:
+            digests.append(digest(read_image(path, LARGEST)))
+            readable.append(path)
+        except LicError as error:
+            print(f"left out: {error}")
+    if not readable:
+        raise LicError("none of these images can be used")
+    return list(itertools.compress(readable, held_out(digests)))
 
 
 def name_of(result):

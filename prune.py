@@ -9,7 +9,6 @@ The last: the same steps with nothing removed, to compare with; it writes runs/c
 
 import lic.interrupt  # first: from here on Ctrl-C is a word
 
-import shlex
 import sys
 
 import torch
@@ -20,7 +19,7 @@ from lic.codec.tables import build_tables
 from lic.files import LicError
 from lic.images import fixed_crops
 from lic.options import make_parser
-from lic.program import run
+from lic.program import quoted, run
 from lic.shrink.plan import load_plan
 from lic.shrink.pruning import best_cut
 from lic.train.loop import fit
@@ -102,7 +101,7 @@ def main():
             print(f"{name:20}", *(f"{v:.4f}" for v in J))
     stage = "control" if args.control else "prune"
     save_checkpoint(args.out, model, build_tables(model), stage, vars(args), steps, meta, metrics)
-    out = shlex.quote(args.out)
+    out = quoted(args.out)
     following = f"quantize.py --checkpoint {out}{data_option(args)}"
     if args.control:
         following = f"evaluate.py {out} runs/pruned.pt{held_out_option(args)}"

@@ -12,15 +12,13 @@ scale an output channel, so that the errors cancel in each layer's output.
 
 import lic.interrupt  # first: from here on Ctrl-C is a word
 
-import shlex
-
 from lic.codec.checkpoint import FLOAT_STAGES, load_checkpoint, save_checkpoint
 from lic.codec.eight_bits import eight_bit_inputs, pixel_layers, quantize_layers
 from lic.codec.integer import freeze_h_s
 from lic.codec.tables import build_tables
 from lic.images import fixed_crops
 from lic.options import make_parser, positive_whole_number
-from lic.program import run
+from lic.program import quoted, run
 from lic.shrink.quantization import equalize, input_scales
 from lic.shrink.rounding import patch_moments, round_weights
 from lic.train.loop import fit
@@ -79,7 +77,7 @@ def main():
     save_checkpoint(
         args.out, model, build_tables(model), "quantize", vars(args), steps, meta, metrics
     )
-    codecs = f"{shlex.quote(args.checkpoint)} {shlex.quote(args.out)}"
+    codecs = f"{quoted(args.checkpoint)} {quoted(args.out)}"
     print(f"wrote {args.out}; next: python evaluate.py {codecs}{held_out_option(args)}")
 
 

@@ -4,14 +4,14 @@
     python search.py --checkpoint runs/small.pt --data photos/ --amp --target 0.6 --of macs
 
 Prints the sensitivity of J to each group, moves the threshold alpha until the target share of
-parameters (or multiply-accumulates, or time) is gone, and writes plan.json for prune.py.
+parameters (or multiply-accumulates, or time) is gone, and writes plan.json for prune.py. With
+--method greedy goes first what costs least for what it removes.
 """
 
 import lic.interrupt  # first: from here on Ctrl-C is a word
 
 import copy
 import functools
-import shlex
 import time
 
 import numpy as np
@@ -28,7 +28,7 @@ from lic.options import (
     positive_whole_number,
     whole_number,
 )
-from lic.program import run, warn_of_slow_bf16
+from lic.program import quoted, run, warn_of_slow_bf16
 from lic.shrink import search
 from lic.shrink.plan import load_plan, save_plan
 from lic.shrink.pruning import importance, most_important, narrow
@@ -58,8 +58,9 @@ def parse_args():
         help="how often a picture is decoded once it is encoded, where time counts (default: 1)")
     add("--delta", type=positive_number, default=0.02,
         help="how far from the target a plan may be (default: 0.02)")
-    add("--method", choices=("threshold", "evolve", "uniform"), default="threshold",
-        help="threshold on sensitivities; the same, then evolved; or one ratio for all groups "
+    add("--method", choices=("threshold", "greedy", "evolve", "uniform"), default="threshold",
+        help="threshold on sensitivities, as in the paper; greedy: what costs least for what it "
+        "removes goes first; the same, then evolved; or one ratio for all groups "
         "(default: threshold)")
     add("--importance", choices=("residual", "l1"), default="residual",
         help="which channels of a group go first (default: residual)")
@@ -158,9 +159,11 @@ def main():
         else:
             print("rise of J when one group alone keeps so many channels, mean over the levels")
             table = search.sensitivities(config, cutter.rise)
-        # the threshold alpha, moved until the target is met
-        alpha, widths, S = search.adaptive_search(table, share, args.target)
-        print(f"alpha {alpha:.5f}")
+        if args.method == "threshold":  # alpha, moved until the target is met
+            alpha, widths, S = search.adaptive_search(table, share, args.target)
+            print(f"alpha {alpha:.5f}")
+        else:
+            widths, S = search.greedy_search(table, share, args.target)
 
     def plan_of(widths, method):
         return {
@@ -186,9 +189,10 @@ def main():
 
     missed = abs(S - args.target) > args.delta
     out = free_name(args.out + ".nearest") if missed else args.out  # not what was asked for
-    plan = plan_of(widths, "uniform" if args.method == "uniform" else "threshold")
+    plan = plan_of(widths, "greedy" if args.method == "evolve" else args.method)
     save_plan(out, plan)
-    if args.method == "evolve" and not missed:  # whole plans; if it is stopped the first one stays
+    if args.method == "evolve" and not missed:  # whole plans
+        print(f"wrote {out}, which is evolved now")
         rng = np.random.default_rng(args.seed)
         widths = search.evolve(cutter.rise, share, widths, config, args.tries, rng)
         plan = plan_of(widths, "evolve")
@@ -213,8 +217,8 @@ def main():
             f"no plan removes {args.target:.1%} of {args.of} within {args.delta:.1%}; "
             f"the nearest removes {S:.1%}: {advice}"
         )
-    codec, plan = shlex.quote(args.checkpoint), shlex.quote(out)
-    print(f"next: python prune.py --checkpoint {codec} --plan {plan}{data_option(args)}")
+    files = f"--checkpoint {quoted(args.checkpoint)} --plan {quoted(out)}"
+    print(f"next: python prune.py {files}{data_option(args)}")
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ Each image of a batch is coded at a rate level of its own.
 
 import lic.interrupt  # first: from here on Ctrl-C is a word
 
-import shlex
-
 import torch
 
 from lic.codec.checkpoint import FLOAT_STAGES, load_checkpoint, save_checkpoint
@@ -20,7 +18,7 @@ from lic.codec.tables import build_tables
 from lic.files import LicError
 from lic.images import fixed_crops
 from lic.options import make_parser, positive_number
-from lic.program import run
+from lic.program import quoted, run
 from lic.shrink.plan import load_plan
 from lic.train.loop import fit
 from lic.train.loss import mean_loss
@@ -82,7 +80,7 @@ def main():
     metrics = {"held_out_J": mean_loss(model, held_out).tolist()}
     print("held_out_J", *(f"{v:.4f}" for v in metrics["held_out_J"]))
     save_checkpoint(args.out, model, build_tables(model), stage, vars(args), steps, parent, metrics)
-    following = f"search.py --checkpoint {shlex.quote(args.out)}{data_option(args)}"
+    following = f"search.py --checkpoint {quoted(args.out)}{data_option(args)}"
     print(f"wrote {args.out}; next: python {following}")
 
 

@@ -45,8 +45,8 @@ def read_image(path, max_pixels=MAX_PIXELS):
 
     Refused is what has no known white or what Pillow does not tell apart from something else:
     floating-point and 32-bit pixels, signed ones, TIFFs of 12 bits, 16 bits with a transparent
-    colour; what has more than max_pixels; and what is cut off, a JPEG even if by its end marker
-    alone, since that does not tell whether pixels are missing, too.
+    colour; a TIFF that begins with a preview; what has more than max_pixels; and what is cut off, a
+    JPEG even if by its end marker alone, since that does not tell whether pixels are missing, too.
     """
     try:
         if os.path.exists(path) and not os.path.isfile(path):
@@ -68,8 +68,8 @@ def read_image(path, max_pixels=MAX_PIXELS):
         raise LicError(f"cannot read {path} as an image: not enough memory") from error
     except UnidentifiedImageError as error:
         raise LicError(
-            f"cannot read {path} as an image: it is damaged, none, or of a kind that Pillow does "
-            "not know (HEIC, raw); convert it to PNG or JPEG first"
+            f"cannot read {path} as an image: it is damaged, no image, or of a kind that Pillow "
+            "does not know (HEIC, raw); convert it to PNG or JPEG first"
         ) from error
     except OSError as error:
         raise LicError(f"cannot read {path} as an image: {error.strerror or error}") from error
@@ -122,7 +122,7 @@ def with_transparent_colour(image, file, bits):
 def to_rgb(image, file):
     """(H, W, 3) uint8 of `image`, which was opened as `file` and may have been changed since."""
     tags = file.tag_v2 if file.format == "TIFF" else {}
-    if tags.get(SUBFILE_TYPE, 0) & 1:
+    if tags.get(SUBFILE_TYPE) in (1, 3):  # bit 0: a reduced picture; a tag of any type
         raise ValueError("its first picture is a preview, as in raw files; develop it first")
     unsigned = set(tags.get(SAMPLE_FORMAT, (1,))) == {1}
     if not unsigned and image.mode not in ("I", "F"):
@@ -197,7 +197,7 @@ def read_images(paths, crop=0):
         except LicError as error:
             faults.append(str(error))
             continue
-        fault = too_small(path, *image.shape[:2], crop)
+        fault = fault_of_size(path, *image.shape[:2], crop)
         if fault:
             faults.append(fault)
         images.append(image)
@@ -206,7 +206,7 @@ def read_images(paths, crop=0):
     return Images(images)
 
 
-def too_small(path, height, width, crop):
+def fault_of_size(path, height, width, crop):
     """What is wrong with an image that holds no square of crop x crop pixels, or None."""
     if min(height, width) < crop:
         return f"{path} is {width}x{height}, smaller than the crop of {crop}"
@@ -243,7 +243,7 @@ class Images(list):
 def split(images):
     """Training and validation images, two Images.
 
-    If that would leave none to train on, as of a single image, all are both.
+    `held_out` says which; if that leaves none to train on, as of a single image, all are both.
     """
     chosen = held_out(images.digests)
     validation = images.where(chosen)
@@ -258,7 +258,8 @@ def held_out(digests):
     """
     chosen = [d[0] % HELD_OUT == 0 for d in digests]
     if not any(chosen):
-        chosen[digests.index(min(digests))] = True
+        least = min(digests)
+        chosen = [d == least for d in digests]  # and copies of that image
     return chosen
 
 

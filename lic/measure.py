@@ -107,7 +107,7 @@ def begin_work(path=None, amp=False, device="cpu", effort=0):
 
 
 def warm_up(coder, image, effort=0):
-    """The first file takes longer: not one whose seconds count."""
+    """Code one file whose seconds do not count: the first takes longer."""
     coder.decode(lic.encode(coder, image, 0, min(effort, 1)))
 
 
@@ -202,7 +202,7 @@ def ideal_bits(coder, image, level):
     """-log2 p of the rounded latents, by channel of y and of z: (M,) and (Z,) float64.
 
     By the model, in float32 on the CPU: with continuous scales where a file has 64, and at most
-    MAX_BITS a symbol. A picture that is too large to pass in one piece by its tables.
+    MAX_BITS a symbol. Of a picture too large to pass in one piece by the tables: `coded_bits`.
     """
     if padded_pixels(*image.shape[:2]) > WHOLE:
         y, z = coder.latents(image, float(level))

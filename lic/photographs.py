@@ -45,7 +45,7 @@ from lic.images import (
     read_image,
     read_images,
     split,
-    too_small,
+    fault_of_size,
 )
 
 FORMAT, VERSION = "lic photographs", 1
@@ -76,10 +76,10 @@ class Entry(NamedTuple):
 def load_images(data, crop, validation=None, cache=None, skip_bad=False):
     """Training and validation images: two Images.
 
-    data: a folder, or None for 24 synthetic images, two of them for validation. validation: another
-    folder, which then is held out in the place of one image in sixteen. Every image must hold a
-    crop x crop square. cache, skip_bad: see `open_photographs`; without a cache the photographs are
-    decoded into memory.
+    data: a folder, or None for 24 synthetic images, two of them for validation. validation: a
+    folder, inside data or elsewhere, held out in the place of one image in sixteen. Every image
+    must hold a crop x crop square. cache, skip_bad: see `open_photographs`; without a cache the
+    photographs are decoded into memory.
     """
     if data is None:
         images = [dead_leaves(seed) for seed in range(24)]
@@ -104,7 +104,7 @@ def train_on_the_others(train, validation):
     A folder to hold out may lie in the folder to train on. If all are held out all are both.
     """
     held_out = set(validation.digests)
-    others = train.where([digest not in held_out for digest in train.digests])
+    others = train.where([d not in held_out for d in train.digests])
     if not others:
         print("warning: all training images are held out, too: J will be of trained images")
         return train, validation
@@ -133,7 +133,7 @@ def open_photographs(folder, cache, crop=0, skip_bad=False):
 
     for name, path in paths.items():
         if name not in faults:
-            fault = too_small(path, index[name].height, index[name].width, crop)
+            fault = fault_of_size(path, index[name].height, index[name].width, crop)
             if fault:
                 faults[name] = fault
     if faults:

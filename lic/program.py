@@ -8,7 +8,9 @@ import functools
 import io
 import os
 import platform
+import shlex
 import signal
+import subprocess
 import sys
 from contextlib import contextmanager
 
@@ -32,6 +34,13 @@ def keep_freed_memory():
         return False
     kept = mallopt(M_MMAP_THRESHOLD, 2**28) or mallopt(M_MMAP_THRESHOLD, 2**25)
     return bool(kept and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+def quoted(path):
+    """A path as the shell takes it into which the next command is pasted."""
+    if os.name == "nt":
+        return subprocess.list2cmdline([path])
+    return shlex.quote(path)
 
 
 def processor():

@@ -424,8 +424,8 @@ static int32_t *symbols(const char *kind, const byte *words, size_t word_count, 
 
 int main(int argc, char **argv) {
     if (argc != 4) fail("usage: decoder codec.npz photo.lic photo.ppm", "");
-    size_t letters_out = strlen(argv[3]);
-    if (letters_out < 4 || strcmp(argv[3] + letters_out - 4, ".ppm"))
+    size_t name_length = strlen(argv[3]);
+    if (name_length < 4 || strcmp(argv[3] + name_length - 4, ".ppm"))
         fail("this writes PPM; end the name in .ppm: ", argv[3]);
     archive = read_file(argv[1], &archive_length);
     size_t length;

@@ -10,6 +10,7 @@ Images are (H, W, 3), latents and weights are channels first, one image at a tim
 import json
 import struct
 import sys
+import zipfile
 import zlib
 
 import constriction
@@ -195,9 +196,11 @@ if __name__ == "__main__":
     if len(sys.argv) != 4:
         sys.exit("usage: python ports/numpy_decoder.py codec.npz photo.lic photo.png")
     archive, compressed, png = sys.argv[1:]
+    if not png.endswith(".png"):
+        sys.exit("error: this writes PNG; end the name in .png")
     try:
         with open(compressed, "rb") as file:
             _, _, pixels = Decoder(dict(np.load(archive))).decode(file.read())
-    except (OSError, ValueError) as error:
+        Image.fromarray(pixels).save(png)
+    except (OSError, ValueError, LookupError, zipfile.BadZipFile) as error:
         sys.exit(f"error: {error}")
-    Image.fromarray(pixels).save(png)

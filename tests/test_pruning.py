@@ -263,6 +263,32 @@ def test_adaptive_search_and_uniform_reach_the_target(of, target):
     assert all(abs(w - ratio * CONFIG["widths"][g]) <= 8 for g, w in widths.items())
 
 
+@pytest.mark.parametrize("of", ["params", "macs", "both", "time"])
+@pytest.mark.parametrize("target", [0.2, 0.5, 0.75])
+def test_the_greedy_plan_costs_less_than_the_thresholds(of, target):
+    def cost(plan):
+        return sum(TABLE[group][width] for group, width in plan.items())
+
+    share = share_of(of)
+    _, by_threshold, reached = search.adaptive_search(TABLE, share, target)
+    widths, S = search.greedy_search(TABLE, share, reached)  # the nearest; and one that reaches it
+    assert S == share(widths) and abs(S - reached) < 0.1
+    while S < reached:
+        reached += 0.01
+        widths, S = search.greedy_search(TABLE, share, reached)
+    assert cost(widths) < cost(by_threshold)
+
+
+def test_the_greedy_search_takes_the_cheapest_cut_first_and_ends_at_the_narrowest():
+    table = {group: {width: 0.0} for group, width in CONFIG["widths"].items()}
+    table |= {"g_a.1": {64: 0.0, 32: 0.03}, "z": {64: 0.0, 56: 0.001}}  # much for 3 %, little
+    share = share_of("macs")
+    widths, S = search.greedy_search(table, share, 0.1)
+    assert widths["g_a.1"] == 32 and widths["z"] == 64 and S == share(widths)
+    widths, S = search.greedy_search(table, share, 1.0)
+    assert widths["g_a.1"] == 32 and widths["z"] == 56 and S < 1
+
+
 @pytest.mark.parametrize("of", ["params", "macs"])
 def test_evolution_finds_a_better_plan_that_costs_no_more(of):
     """The threshold plan does not know that here the groups' rises multiply; the fitness does."""

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import ROOT, lively_codec, run_script
-from PIL import Image, PngImagePlugin
+from PIL import Image, PngImagePlugin, TiffImagePlugin
 
 from lic import files, program
 from lic.codec.checkpoint import load_checkpoint, save_checkpoint
@@ -139,8 +139,11 @@ def test_the_preview_of_a_raw_file_is_not_taken_for_the_picture(tmp_path):
     image.save(tmp_path / "raw.tif", tiffinfo={254: 1})
     with pytest.raises(LicError, match="its first picture is a preview"):
         read_image(tmp_path / "raw.tif")
-    image.save(tmp_path / "plain.tif", tiffinfo={254: 0})
-    assert np.array_equal(read_image(tmp_path / "plain.tif"), np.asarray(image))
+    odd = TiffImagePlugin.ImageFileDirectory_v2()
+    odd.tagtype[254], odd[254] = 12, 0.0  # a float where an integer belongs
+    for name, tags in (("plain.tif", {254: 0}), ("odd.tif", odd)):
+        image.save(tmp_path / name, tiffinfo=tags)
+        assert np.array_equal(read_image(tmp_path / name), np.asarray(image))
 
 
 def test_the_limit_on_pixels_is_our_own(tmp_path, monkeypatch):
@@ -594,6 +597,20 @@ def test_to_finish_a_run_the_photographs_do_not_matter(tmp_path, photos, monkeyp
     assert run_script(monkeypatch, *resume) == 2
     assert run_script(monkeypatch, *resume, "--finish") == 0
     assert load_checkpoint(out)[1]["fingerprint"] == whole
+
+
+def test_quantizing_is_finished_with_the_photographs_that_it_began_with(
+    tmp_path, photos, monkeypatch, capsys
+):
+    """It rounds the weights by them when the steps are done."""
+    out, folder = tmp_path / "q.pt", shutil.copytree(photos, tmp_path / "photos")
+    quantize = ["quantize.py", "--checkpoint", GOLDEN / "codec.pt", "--data", folder, "--out", out]
+    quantize += ["--batch", 1, "--crop", 64, "--steps", 1, "--calibration", 2]
+    assert run_script(monkeypatch, *quantize) == 0
+    out.unlink()
+    Image.fromarray(dead_leaves(50, 64)).save(folder / "another.png")
+    assert run_script(monkeypatch, "quantize.py", "--resume", "--finish", "--out", out) == 2
+    assert "resume with the same photographs" in capsys.readouterr().err
 
 
 def test_a_folder_of_the_same_photographs_may_have_another_name(tmp_path, photos, monkeypatch):

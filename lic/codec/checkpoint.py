@@ -47,8 +47,9 @@ def fingerprint(config, quantization, state_dict, tables):
 def save_checkpoint(path, model, tables, stage, arguments, steps, parent=None, metrics=None):
     """Write the checkpoint and return its fingerprint.
 
-    tables: from tables.build_tables. arguments: a plain dict, recorded in the lineage; of "data",
-    a folder, only the name, and None stands for the synthetic images. parent: the meta of the
+    tables: from tables.build_tables. arguments: a plain dict, recorded in the lineage, without
+    "cache"; of "data" and "validation", folders, only the name, and no data stands for the
+    synthetic images. parent: the meta of the
     checkpoint that this one was made from. metrics: plain values, as JSON has them. Raises LicError
     if a weight or a figure is not finite.
     """

@@ -96,8 +96,8 @@ class Int8Convolution(nn.Module):
         weight = layer.integer_weight()
         weight_scale, bias = weight_scale.detach(), bias.detach()
         self.largest_sum = 0  # that the kernels can meet
-        self.of_channels = []  # each makes some channels,
-        self.of_phases = []  # or, (row, column, kernel), one phase of a transposed convolution
+        self.kernels_of_channels = []  # each makes some channels,
+        self.kernels_of_phases = []  # or (row, column, kernel): a phase of a transposed convolution
 
         def make_kernel(part, channels, stride, padding):
             sums = part.abs().flatten(1).sum(1)
@@ -110,12 +110,12 @@ class Int8Convolution(nn.Module):
         if self.transposed:
             for row, column, part in phase_kernels(weight):
                 kernel = make_kernel(part, slice(None), (1, 1), (1, 1))
-                self.of_phases.append((row, column, kernel))
+                self.kernels_of_phases.append((row, column, kernel))
         else:
             for start in range(0, self.channels, OUTPUTS):
                 channels = slice(start, start + OUTPUTS)
                 kernel = make_kernel(weight[channels], channels, layer.stride, layer.padding)
-                self.of_channels.append(kernel)
+                self.kernels_of_channels.append(kernel)
 
     def forward(self, x):
         """(B, in, h, w) -> what the layer makes of it, (B, out, h', w')."""
@@ -124,12 +124,12 @@ class Int8Convolution(nn.Module):
         q = q.clamp_(0, self.largest).to(torch.uint8).contiguous(memory_format=torch.channels_last)
         dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else torch.float32
         if not self.transposed:
-            parts = [kernel(q, dtype) for kernel in self.of_channels]
+            parts = [kernel(q, dtype) for kernel in self.kernels_of_channels]
             return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         B, _, h, w = q.shape
         size = B, self.channels, 2 * h, 2 * w
         made = torch.empty(size, dtype=dtype, memory_format=torch.channels_last)
-        for row, column, kernel in self.of_phases:
+        for row, column, kernel in self.kernels_of_phases:
             # padded on all sides, the kernels of odd rows or columns begin one input too early
             made[:, :, row::2, column::2] = kernel(q, dtype)[:, :, row:, column:]
         return made

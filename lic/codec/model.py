@@ -86,6 +86,7 @@ def following(kind, channels):
         return GDN(channels)
     if kind == "igdn":
         return IGDN(channels)
+    assert kind == "lrelu"
     return nn.LeakyReLU(SLOPE)
 
 

@@ -8,8 +8,9 @@ and Zhu, arXiv:2506.01229:
 3. Adaptive search: bisection over the values that alpha can usefully take until S is as near to
    S_target as it gets, S the share of the parameters (or multiply-accumulates, or time) removed.
 
-Sensitivities of single groups ignore how groups interact. `evolve` goes on from the threshold plan
-and measures whole plans; the control is `uniform_widths`, one ratio for all groups.
+A threshold asks what narrowing a group costs and not what it saves. `greedy_search` asks for both,
+of the same sensitivities. These ignore how groups interact: `evolve` goes on from that plan and
+measures whole plans. The control is `uniform_widths`, one ratio for all groups.
 
 A plan is {group: width}. Two arguments below judge one: `rise` takes a plan of some groups and
 gives the relative rise of J, averaged over the levels, when those are narrowed together; `share`
@@ -92,6 +93,31 @@ def adaptive_search(table, share, target):
             high = middle
     neighbours = [plan(alpha) for alpha in alphas[max(0, low - 1) : low + 1]]
     return min(neighbours, key=lambda found: abs(found[2] - target))
+
+
+def greedy_search(table, share, target):
+    """Widths and sparsity of a plan that removes `target` by the cuts that cost least for it.
+
+    From the full widths on, again and again, the one group is narrowed, by however much, where J
+    rises least for what that removes of what is missing; the rises of single groups are taken to
+    add up. (Fox, "Discrete optimization via marginal analysis", 1966.)
+    """
+    widths, S = {group: max(row) for group, row in table.items()}, 0.0
+    before = widths, S
+    while S < target:
+        prices = {}
+        for group, row in table.items():
+            for width, zeta in row.items():
+                more = min(target, share(widths | {group: width})) - S
+                if width < widths[group] and more > 0:
+                    prices[group, width] = (zeta - row[widths[group]]) / more
+        if not prices:  # all groups are as narrow as the table goes
+            break
+        before = widths, S
+        group, width = min(prices, key=prices.get)
+        widths = widths | {group: width}
+        S = share(widths)
+    return min(before, (widths, S), key=lambda found: abs(found[1] - target))
 
 
 def uniform_widths(config, share, target):

@@ -77,7 +77,9 @@ def fit(model, train, held_out, args, origin=None):
     forward = compiled(model) if args.compile else model
     held_out = held_out.to(args.device)
     optimizer = Optimizer(model)
-    first = load_state(path, model, optimizer, settings, args.finish) if args.resume else 0
+    # without further steps only quantize.py looks at photographs: it rounds the weights by them
+    any_images = args.finish and not model.quantization
+    first = load_state(path, model, optimizer, settings, any_images) if args.resume else 0
     same_start(model, optimizer, first)
     lambdas = torch.tensor(model.lambdas, device=args.device)
     weights = level_weights(model.lambdas).to(args.device)

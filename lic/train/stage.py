@@ -4,7 +4,6 @@ search.py takes of this the options of images; train.py, prune.py and quantize.p
 """
 
 import argparse
-import shlex
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from lic.codec import structure
 from lic.files import LicError, claim_output
 from lic.options import multiple_of, positive_number, positive_whole_number, whole_number
 from lic.photographs import load_images
+from lic.program import quoted
 from lic.train.processes import check_batch, join_group, rank
 from lic.train.state import read_state, state_path
 
@@ -164,16 +164,16 @@ def data_option(args):
     """How the next stage's command goes on after its checkpoint, to see the same images."""
     if not args.data:
         return " --synthetic" if args.synthetic else ""
-    option = f" --data {shlex.quote(args.data)}"
+    option = f" --data {quoted(args.data)}"
     if args.validation:
-        option += f" --validation {shlex.quote(args.validation)}"
+        option += f" --validation {quoted(args.validation)}"
     if args.cache:
-        option += f" --cache {shlex.quote(args.cache)}"
+        option += f" --cache {quoted(args.cache)}"
     return option + (" --skip-bad" if args.skip_bad else "")
 
 
 def held_out_option(args):
     """How evaluate.py's command goes on, to measure on what this stage held out."""
     if args.data and args.validation:
-        return f" --data {shlex.quote(args.validation)}"
-    return f" --data {shlex.quote(args.data)} --held-out" if args.data else ""
+        return f" --data {quoted(args.validation)}"
+    return f" --data {quoted(args.data)} --held-out" if args.data else ""

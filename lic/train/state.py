@@ -59,18 +59,20 @@ def state_path(out):
     return os.path.realpath(out) + ".state"
 
 
-def load_state(path, model, optimizer, settings, finishing=False):
+def load_state(path, model, optimizer, settings, any_images=False):
     """Restore model and optimizer in place; returns the number of steps already done.
 
     Raises LicError if a setting is another than it was: but the rate may be smaller, and the number
     of steps may change while the rate does not depend on it. A folder of the same photographs may
-    have another name, and to one that is finishing, which takes no more steps, they do not matter.
+    have another name; any_images: they may be others.
     """
     state = read_state(path, f"{path} holds no training state; start without --resume")
     done, made_with = state["step"], state["settings"]
     changed = [key for key in settings if settings[key] != made_with.get(key)]
-    if "images" not in changed or finishing:
-        changed = [key for key in changed if key not in ("data", "images")]
+    if "images" not in changed:
+        changed = [key for key in changed if key != "data"]
+    elif any_images:
+        changed.remove("images")
     if "steps" in changed:
         warmup, decline = milestones(made_with["steps"])
         new_warmup, new_decline = milestones(settings["steps"])
@@ -85,9 +87,10 @@ def load_state(path, model, optimizer, settings, finishing=False):
         changed.remove("lr")
     if changed:
         differences = [f"{key} was {made_with.get(key)!r}, is {settings[key]!r}" for key in changed]
-        raise LicError(
-            f"{path} was made with other settings; resume with the same: {'; '.join(differences)}"
-        )
+        remedy = "resume with the same"
+        if "images" in changed:
+            remedy += " photographs to train on, or write what there is by --finish"
+        raise LicError(f"{path} was made with other settings; {remedy}: {'; '.join(differences)}")
     if state["threads"] != torch.get_num_threads() and rank() == 0:
         print(
             f"warning: {path} was made with {state['threads']} threads, this process has "
