@@ -5,7 +5,7 @@
 
 Prints the sensitivity of J to each group, moves the threshold alpha until the target share of
 parameters (or multiply-accumulates, or time) is gone, and writes plan.json for prune.py. With
---method greedy goes first what costs least for what it removes.
+--method greedy there is no threshold: what costs least for what it removes goes first.
 """
 
 import lic.interrupt  # first: from here on Ctrl-C is a word

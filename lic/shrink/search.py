@@ -107,10 +107,10 @@ def greedy_search(table, share, target):
     while S < target:
         prices = {}
         for group, row in table.items():
-            for width, zeta in row.items():
+            for width in [w for w in row if w < widths[group]]:
                 more = min(target, share(widths | {group: width})) - S
-                if width < widths[group] and more > 0:
-                    prices[group, width] = (zeta - row[widths[group]]) / more
+                if more > 0:
+                    prices[group, width] = (row[width] - row[widths[group]]) / more
         if not prices:  # all groups are as narrow as the table goes
             break
         before = widths, S
