@@ -351,41 +351,21 @@ def test_a_plan_in_which_something_is_missing_is_refused(key, pipeline):
         load_plan(pipeline / "lacks.json")
 
 
-def test_evolution_starts_from_the_threshold_plan_and_its_sensitivities(
+def test_evolution_starts_from_the_greedy_plan_of_given_sensitivities(
     pipeline, photos, monkeypatch, capsys
 ):
-    search = [
-        "--checkpoint",
-        pipeline / "dense.pt",
-        "--data",
-        photos,
-        "--crop",
-        64,
-        "--crops",
-        2,
-        "--target",
-        0.4,
-        "--delta",
-        0.1,
-    ]
-    arguments = [
-        *search,
-        "--method",
-        "evolve",
-        "--tries",
-        3,
-        "--sensitivities",
-        pipeline / "plan.json",
-    ]
-    assert run_script(monkeypatch, "search.py", *arguments, "--out", pipeline / "evolved.json") == 0
-    first, plan = (
-        json.loads((pipeline / name).read_text()) for name in ("plan.json", "evolved.json")
-    )
-    assert (
-        plan["method"] == "evolve"
-        and plan["sensitivity"] == first["sensitivity"]
-        and plan["alpha"] == first["alpha"]
-    )
+    search = ["--checkpoint", pipeline / "dense.pt", "--data", photos, "--crop", 64, "--crops", 2]
+    search += ["--target", 0.4, "--delta", 0.1, "--sensitivities", pipeline / "plan.json"]
+    plans = {}
+    for method in ("greedy", "evolve"):
+        out = pipeline / f"{method}.json"
+        arguments = [*search, "--method", method, "--tries", 3]
+        assert run_script(monkeypatch, "search.py", *arguments, "--out", out) == 0
+        plans[method] = json.loads(out.read_text())
+    first, plan = plans["greedy"], plans["evolve"]
+    assert (first["method"], plan["method"]) == ("greedy", "evolve")
+    measured = json.loads((pipeline / "plan.json").read_text())["sensitivity"]
+    assert plan["sensitivity"] == first["sensitivity"] == measured
     assert plan["sparsity"]["params"] >= first["sparsity"]["params"]
     rise = [np.mean(np.divide(p["J_folded"], p["J"])) for p in (first, plan)]
     assert rise[1] <= rise[0] + 1e-6

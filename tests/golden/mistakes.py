@@ -17,11 +17,30 @@ def half_away_from_zero(values):
     return np.sign(values) * np.floor(np.abs(values) + 0.5)
 
 
+def one_by_one(name, x, weight, bias, backwards):
+    """Decoder.convolve with its products added in one order, so that all machines round alike."""
+    if name != "h_s.conv3":  # see numpy_decoder.deconv
+        channels, h, w = x.shape
+        spread = np.zeros((channels, 2 * h, 2 * w), x.dtype)
+        spread[:, ::2, ::2] = x
+        x, weight = spread, weight.transpose(1, 0, 2, 3)[:, :, ::-1, ::-1]
+    out_channels, _, k, _ = weight.shape
+    x = np.pad(x, ((0, 0), (k // 2, k // 2), (k // 2, k // 2)))
+    windows = np.lib.stride_tricks.sliding_window_view(x, (k, k), axis=(1, 2))
+    taps = windows.transpose(0, 3, 4, 1, 2).reshape(-1, *windows.shape[1:3])
+    rows = weight.reshape(out_channels, -1)
+    total = np.zeros((out_channels, *windows.shape[1:3]), x.dtype)
+    for tap in reversed(range(len(taps))) if backwards else range(len(taps)):
+        total = total + rows[:, tap, None, None] * taps[tap]
+    return total + bias[:, None, None]
+
+
 class MistakenDecoder(Decoder):
     """The decoder of ports/ with one thing wrong; without an argument, nothing is.
 
     multiplier, sums, product, rounded: what an integer h_s does to the multipliers of a layer, to
-    its sums, to their product, and instead of rounding half to even. precision: of a float h_s.
+    its sums, to their product, and instead of rounding half to even. precision: of a float h_s;
+    where it is float32 the products are added forwards or backwards.
     """
 
     def __init__(
@@ -32,9 +51,11 @@ class MistakenDecoder(Decoder):
         product=np.asarray,
         rounded=np.rint,
         precision=np.float64,
+        backwards=False,
     ):
         super().__init__(arrays)
         self.mistakes, self.precision = (multiplier, sums, product, rounded), precision
+        self.backwards = backwards
 
     def h_s(self, z_hat):
         return self.integer_h_s(z_hat) if self.quantized else self.float_h_s(z_hat)
@@ -42,6 +63,11 @@ class MistakenDecoder(Decoder):
     def layer(self, name, x):
         """All of a float h_s goes through here."""
         return super().layer(name, x.astype(self.precision) if name.startswith("h_s") else x)
+
+    def convolve(self, name, x, weight, bias):
+        if name.startswith("h_s") and x.dtype == np.float32:
+            return one_by_one(name, x, weight, bias, self.backwards)
+        return Decoder.convolve(name, x, weight, bias)
 
     def integer_h_s(self, z_hat):
         multiplier, sums, product, rounded = self.mistakes
@@ -57,7 +83,10 @@ class MistakenDecoder(Decoder):
         return mean / 4096, np.clip(index, 0, 63)
 
 
-FLOAT_MISTAKES = {"h_s in float32": {"precision": np.float32}}
+FLOAT_MISTAKES = {
+    "h_s in float32": {"precision": np.float32},
+    "h_s in float32, summed backwards": {"precision": np.float32, "backwards": True},
+}
 INTEGER_MISTAKES = {
     "multipliers in float32": {"multiplier": float32},
     "products rounded to float32": {"product": float32},
