@@ -16,11 +16,11 @@ from PIL import Image
 
 import evaluate
 import prune
+from lic.codec.bitstream import load_coder
 from lic.codec.checkpoint import load_checkpoint
 from lic.codec.eight_bits import WIDE, input_ranges
 from lic.codec.model import Codec, preset_config
 from lic.files import LicError
-from lic.codec.bitstream import load_coder
 from lic.images import dead_leaves, read_image
 from lic.measure import ideal_bits, measure_classical
 from lic.shrink.plan import load_plan

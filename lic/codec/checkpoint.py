@@ -49,9 +49,8 @@ def save_checkpoint(path, model, tables, stage, arguments, steps, parent=None, m
 
     tables: from tables.build_tables. arguments: a plain dict, recorded in the lineage, without
     "cache"; of "data" and "validation", folders, only the name, and no data stands for the
-    synthetic images. parent: the meta of the
-    checkpoint that this one was made from. metrics: plain values, as JSON has them. Raises LicError
-    if a weight or a figure is not finite.
+    synthetic images. parent: the meta of the checkpoint that this one was made from. metrics: plain
+    values, as JSON has them. Raises LicError if a weight or a figure is not finite.
     """
     check_finite(model.state_dict(), metrics or {})
     state_dict = {}

@@ -152,6 +152,6 @@ class Codec(nn.Module):
             y_coded, z_coded = add_noise(y, part), add_noise(z, part)
         y_bits = self.prior_y.bits(y_coded, mean, log_scale)
         z_bits = self.prior_z.bits(z_coded)
-        # of z prior_z.bits limits them, by a bound whose gradient can still lower them
+        # z has its limit in prior_z.bits, a bound whose gradient can still lower the bits
         y_bits = soft_limit(y_bits) if self.training else y_bits.clamp(max=MAX_BITS)
         return Output(x_hat, y_bits.sum((2, 3)), z_bits.sum((2, 3)))

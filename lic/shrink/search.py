@@ -98,9 +98,9 @@ def adaptive_search(table, share, target):
 def greedy_search(table, share, target):
     """Widths and sparsity of a plan that removes `target` by the cuts that cost least for it.
 
-    From the full widths on, again and again, the one group is narrowed, by however much, where J
-    rises least for what that removes of what is missing; the rises of single groups are taken to
-    add up. (Fox, "Discrete optimization via marginal analysis", 1966.)
+    From the full widths on, again and again, one group is narrowed, by however much: the one where
+    J rises least for the share that this removes, beyond the target not counted. The rises of
+    single groups are taken to add up. (Fox, "Discrete optimization via marginal analysis", 1966.)
     """
     widths, S = {group: max(row) for group, row in table.items()}, 0.0
     before = widths, S

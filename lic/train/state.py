@@ -89,7 +89,7 @@ def load_state(path, model, optimizer, settings, any_images=False):
         differences = [f"{key} was {made_with.get(key)!r}, is {settings[key]!r}" for key in changed]
         remedy = "resume with the same"
         if "images" in changed:
-            remedy += " photographs to train on, or write what there is by --finish"
+            remedy += " photographs (train.py and prune.py write what there is by --finish)"
         raise LicError(f"{path} was made with other settings; {remedy}: {'; '.join(differences)}")
     if state["threads"] != torch.get_num_threads() and rank() == 0:
         print(
