@@ -145,8 +145,14 @@ def main():
         print(f"768x512 pixels, encoded once and decoded {args.decodings:g} times, take the codec "
               f"{cost(config['widths']):.0f} ms, entropy coding left out")  # fmt: skip
 
+    counted = ("params", "macs") if args.of == "both" else (args.of,)
+
+    def shares(widths):
+        removed = search.sparsity(config, widths, cost)
+        return np.array([removed[what] for what in counted])
+
     def share(widths):
-        return search.sparsity(config, widths, cost)[args.of]
+        return shares(widths).min()
 
     table, alpha, ratio = None, None, None
     if args.method == "uniform":  # the control
@@ -194,7 +200,7 @@ def main():
     if args.method == "evolve" and not missed:  # whole plans
         print(f"wrote {out}, which is evolved now")
         rng = np.random.default_rng(args.seed)
-        widths = search.evolve(cutter.rise, share, widths, config, args.tries, rng)
+        widths = search.evolve(cutter.rise, shares, widths, config, args.tries, rng)
         plan = plan_of(widths, "evolve")
         save_plan(out, plan)
 

@@ -10,7 +10,7 @@ from lic.codec.model import Codec, preset_config
 from lic.codec.structure import channel_axes, groups, kmac_per_pixel, layer_sizes, parameters
 from lic.shrink import pruning, search, statistics
 from lic.shrink.pruning import importance, most_important, narrow
-from lic.shrink.statistics import Moments, Statistics, observe
+from lic.shrink.statistics import Moments, Statistics, energy_products, observe
 from lic.train.loss import mean_loss
 
 GROUPS = groups()
@@ -114,7 +114,8 @@ def test_folding_a_channel_that_the_others_determine_changes_nothing(group, monk
     u[:, 3] = torch.sqrt(0.4 * u[:, 1] ** 2 + 0.9)
     gdn = model.get_submodule(normalised_by) if normalised_by else None
     observed = Statistics(
-        dict.fromkeys(used_by, moments(v)), {group: moments(u.square())} if gdn else {}
+        dict.fromkeys(used_by, moments(v)),
+        {group: energy_products(gdn, u[0].flatten(1))} if gdn else {},
     )
     with torch.no_grad():
         cut = narrow(model, {group: rest}, observed)
@@ -131,6 +132,56 @@ def test_folding_a_channel_that_the_others_determine_changes_nothing(group, monk
             torch.testing.assert_close(
                 cut.get_submodule(normalised_by)(u[:, rest]), gdn(u)[:, rest], rtol=1e-3, atol=1e-3
             )
+
+
+def narrowed_gdn(model, group, keep, v):
+    """The group's GDN and the one that is left of it, fitted to its input v (C, positions)."""
+    _, name, used_by = GROUPS[group]
+    gdn = model.get_submodule(name)
+    inputs = dict.fromkeys(used_by, moments(v[None, :, :, None]))
+    cut = narrow(model, {group: keep}, Statistics(inputs, {group: energy_products(gdn, v)}))
+    return gdn, cut.get_submodule(name)
+
+
+def energy(gdn, v):
+    """beta_i + sum_j gamma[i, j] v_j^2, (C, positions)."""
+    return gdn.energy(v[None, :, :, None])[0, :, :, 0]
+
+
+@pytest.mark.parametrize("group", ["g_a.2", "g_s.2"])
+def test_what_is_left_of_a_gdn_is_the_optimum_of_least_squares(group):
+    """No slope where a coefficient is positive, an upward one where it is 0."""
+    torch.manual_seed(0)
+    keep = torch.tensor([0, 1, 2, 4, 6])
+    v = torch.randn(WIDTHS[group], 3000)
+    v[3] *= 2  # goes
+    v[1] = torch.exp(-v[3].square())  # stays, strong where that was weak: it would get minus signs
+    with torch.no_grad():
+        gdn, left = narrowed_gdn(lively_codec(), group, keep, v)
+        expected, found = energy(gdn, v)[keep], energy(left, v[keep])
+        weight = (v[keep] / expected).square()
+        slope = (weight * (found - expected)) @ v[keep].square().T
+        slope /= (weight * expected) @ v[keep].square().T
+        gamma = left.coefficients()[1]
+    zero = gamma < 1e-6
+    assert zero.any() and not zero.all()
+    assert slope[zero].min() > -1e-4
+    assert slope[~zero].abs().max() < 1e-4
+
+
+def test_quiet_positions_keep_their_energy_when_a_loud_channel_goes():
+    """Channel 3 is loud at one position in fifty and silent elsewhere; channel 1 tells where."""
+    torch.manual_seed(0)
+    keep = torch.tensor([0, 1, 2, 4, 5])
+    v = torch.randn(WIDTHS["g_s.2"], 5000)
+    loud = torch.rand(5000) < 0.02
+    v[3] *= torch.where(loud, 100.0, 0.01)
+    v[1] *= torch.where(loud, 10.0, 1.0)
+    v[6:] *= 0.1
+    with torch.no_grad():
+        gdn, left = narrowed_gdn(lively_codec(), "g_s.2", keep, v)
+        ratio = energy(left, v[keep]) / energy(gdn, v)[keep]
+    assert ratio[:, ~loud].log().abs().mean() < 0.1
 
 
 def test_statistics_are_those_of_what_the_layers_receive():
@@ -151,13 +202,16 @@ def test_statistics_are_those_of_what_the_layers_receive():
         hook.remove()
     half = {
         name: inputs[: len(inputs) // 2] for name, inputs in seen.items()
-    }  # two passes: inputs, then squares
-    for expected, found in (
-        (moments(torch.cat(half["g_s.conv2"])), observed.inputs["g_s.conv2"]),
-        (moments(torch.cat(half["g_s.gdn1"]).square()), observed.energies["g_s.1"]),
-    ):
-        for a, b in zip(expected, found):
-            torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-8)
+    }  # two passes: for the readers, then for the GDNs
+    for expected, found in zip(moments(torch.cat(half["g_s.conv2"])), observed.inputs["g_s.conv2"]):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-8)
+    v = torch.cat(half["g_s.gdn1"]).transpose(0, 1).flatten(1).double()
+    gdn = model.g_s.gdn1
+    beta, gamma = gdn.coefficients()
+    weight = (v / (gamma.double() @ v.square() + beta[:, None])).square()
+    q = torch.cat([v.square(), torch.ones_like(v[:1])])
+    expected = torch.einsum("ip,jp,kp->ijk", weight, q, q)
+    torch.testing.assert_close(observed.energies["g_s.1"], expected, rtol=1e-5, atol=1e-8)
 
 
 def test_what_the_others_can_replace_goes_first():
@@ -300,7 +354,13 @@ def test_evolution_finds_a_better_plan_that_costs_no_more(of):
     _, start, S = search.adaptive_search(TABLE, share, 0.5)
     for seed in range(3):
         widths = search.evolve(
-            rise, share, start, CONFIG, 200, np.random.default_rng(seed), report=lambda line: None
+            rise,
+            lambda widths: np.array([share(widths)]),
+            start,
+            CONFIG,
+            200,
+            np.random.default_rng(seed),
+            report=lambda line: None,
         )
         assert rise(widths) < 0.95 * rise(start)
         assert share(widths) >= S
@@ -313,7 +373,7 @@ def test_evolution_keeps_widths_that_are_no_multiples_within_bounds():
     tried = []
     search.evolve(
         lambda widths: tried.append(dict(widths)) or 0.0,
-        lambda widths: search.sparsity(config, widths)["params"],
+        lambda widths: np.array([search.sparsity(config, widths)["params"]]),
         start,
         config,
         100,

@@ -14,7 +14,7 @@ measures whole plans. The control is `uniform_widths`, one ratio for all groups.
 
 A plan is {group: width}. Two arguments below judge one: `rise` takes a plan of some groups and
 gives the relative rise of J, averaged over the levels, when those are narrowed together; `share`
-takes a whole plan and gives S.
+takes a whole plan and gives S, `shares` several such.
 """
 
 import math
@@ -153,16 +153,17 @@ def uniform_widths(config, share, target):
     return best
 
 
-def evolve(rise, share, start, config, tries, rng, report=print):
+def evolve(rise, shares, start, config, tries, rng, report=print):
     """Widths of the least rise found among `tries` plans that remove as much as the plan `start`.
 
     Each try crosses two of the best plans group by group, moves two groups by one to three
     multiples, then narrows or widens groups until as much is removed as was, and hardly more; a
-    plan that was there before is not measured again. After Real et al., "Regularized evolution for
-    image classifier architecture search", arXiv:1802.01548, but with crossover, and the best are
-    kept, none dies of age.
+    plan that was there before is not measured again. `shares` takes a plan and gives an array of
+    what it removes, say of parameters and of multiply-accumulates; none may become less. After Real
+    et al., "Regularized evolution for image classifier architecture search", arXiv:1802.01548, but
+    with crossover, and the best are kept, none dies of age.
     """
-    groups, least_share = list(start), share(start)
+    groups, least = list(start), shares(start)
     population = [(rise(start), start)]
     seen = {tuple(start.values())}
     report(f"try 0: rise of J {population[0][0]:+.2%}")
@@ -175,7 +176,7 @@ def evolve(rise, share, start, config, tries, rng, report=print):
             child[group] = parent[group]
         for group in rng.choice(groups, 2, replace=False):
             child[group] += MULTIPLE * int(rng.choice([-3, -2, -1, 1, 2, 3]))
-        fit_share(child, share, config["widths"], least_share, rng)
+        fit_shares(child, shares, config["widths"], least, rng)
         if tuple(child.values()) in seen:
             continue
         seen.add(tuple(child.values()))
@@ -187,19 +188,19 @@ def evolve(rise, share, start, config, tries, rng, report=print):
     return population[0][1]
 
 
-def fit_share(widths, share, full, least_share, rng):
-    """Change a plan, in place, so that it removes `least_share` and hardly more.
+def fit_shares(widths, shares, full, least, rng):
+    """Change a plan, in place, so that it removes the `least` shares and hardly more.
 
     Random groups are narrowed until so much is removed, then groups widened while it still is.
     """
     for group, width in widths.items():
         widths[group] = min(full[group], max(MULTIPLE, width))
-    while share(widths) < least_share:
+    while (shares(widths) < least).any():
         group = rng.choice([group for group in widths if widths[group] > MULTIPLE])
         widths[group] = max(MULTIPLE, widths[group] - MULTIPLE)
     for group in rng.permutation(list(widths)):
         while widths[group] < full[group]:
             wider = min(full[group], widths[group] + MULTIPLE)
-            if share(widths | {group: wider}) < least_share:
+            if (shares(widths | {group: wider}) < least).any():
                 break
             widths[group] = wider

@@ -8,6 +8,7 @@ import torch
 from lic.codec import structure
 
 RIDGE = 1e-4  # of the mean variance, added to each in a regression: it keeps the weights small
+POSITIONS = 1500  # of each batch that a GDN is fitted to
 
 
 @contextmanager
@@ -53,7 +54,7 @@ class Moments(NamedTuple):
 
 class Statistics(NamedTuple):
     inputs: dict  # {layer that reads a group: Moments of its input}
-    energies: dict  # {group with a GDN: Moments of the squares of what enters that GDN}
+    energies: dict  # {group with a GDN: `energy_products`}
 
 
 def observe(model, x):
@@ -62,10 +63,13 @@ def observe(model, x):
     readers = [reader for group in groups.values() for reader in group.used_by]
     gdns = {name: group.gdn for name, group in groups.items() if group.gdn}
     inputs = layer_inputs(model, x, readers, sums)
-    squares = layer_inputs(model, x, gdns.values(), lambda v: sums(v.square()))
+    samples = layer_inputs(model, x, gdns.values(), some_positions)
     return Statistics(
         {reader: moments(parts) for reader, parts in inputs.items()},
-        {name: moments(squares[gdn]) for name, gdn in gdns.items()},
+        {
+            group: energy_products(model.get_submodule(gdn), torch.cat(samples[gdn], 1))
+            for group, gdn in gdns.items()
+        },
     )
 
 
@@ -82,6 +86,25 @@ def moments(parts):
     """Moments of a list of `sums`."""
     count, total, products = (sum(column) for column in zip(*parts))
     return Moments(total / count, products / count)
+
+
+def some_positions(v):
+    """(C, P): v (B, C, H, W) at P evenly spaced positions, POSITIONS or up to twice as many."""
+    v = v.permute(1, 0, 2, 3).flatten(1)
+    return v[:, :: max(1, v.shape[1] // POSITIONS)]
+
+
+def energy_products(gdn, v):
+    """What `pruning.fold_into_gdn` needs of the GDN's input v (C, positions): (C, C + 1, C + 1).
+
+    For each output i the sum over positions of w_i q q^T, where q = (v_1^2, ... v_C^2, 1) and
+    w_i = v_i^2 / e_i^2, e_i the energy that i is divided (GDN) or multiplied (IGDN) by.
+    """
+    beta, gamma = (coefficient.double() for coefficient in gdn.coefficients())
+    squares = v.double().square()
+    energy = beta[:, None] + gamma @ squares
+    q = torch.cat([squares, torch.ones_like(squares[:1])])
+    return torch.stack([(q * w) @ q.T for w in squares / energy.square()])
 
 
 def best_prediction(moments, keep, gone):
