@@ -60,7 +60,7 @@ def parse_args():
         help="how far from the target a plan may be (default: 0.02)")
     add("--method", choices=("threshold", "greedy", "evolve", "uniform"), default="threshold",
         help="threshold on sensitivities, as in the paper; greedy: what costs least for what it "
-        "removes goes first; the same, then evolved; or one ratio for all groups "
+        "removes goes first; evolve: the greedy plan, evolved; uniform: one ratio for all groups "
         "(default: threshold)")
     add("--importance", choices=("residual", "l1"), default="residual",
         help="which channels of a group go first (default: residual)")
@@ -145,14 +145,13 @@ def main():
         print(f"768x512 pixels, encoded once and decoded {args.decodings:g} times, take the codec "
               f"{cost(config['widths']):.0f} ms, entropy coding left out")  # fmt: skip
 
-    counted = ("params", "macs") if args.of == "both" else (args.of,)
-
-    def shares(widths):
-        removed = search.sparsity(config, widths, cost)
-        return np.array([removed[what] for what in counted])
-
     def share(widths):
-        return shares(widths).min()
+        return search.sparsity(config, widths, cost)[args.of]
+
+    def shares(widths):  # those that evolution must not lessen
+        removed = search.sparsity(config, widths, cost)
+        counted = ("params", "macs") if args.of == "both" else (args.of,)
+        return np.array([removed[what] for what in counted])
 
     table, alpha, ratio = None, None, None
     if args.method == "uniform":  # the control
@@ -198,7 +197,7 @@ def main():
     plan = plan_of(widths, "greedy" if args.method == "evolve" else args.method)
     save_plan(out, plan)
     if args.method == "evolve" and not missed:  # whole plans
-        print(f"wrote {out}, which is evolved now")
+        print(f"wrote {out}, the greedy plan; evolving it")
         rng = np.random.default_rng(args.seed)
         widths = search.evolve(cutter.rise, shares, widths, config, args.tries, rng)
         plan = plan_of(widths, "evolve")

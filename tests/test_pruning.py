@@ -10,7 +10,7 @@ from lic.codec.model import Codec, preset_config
 from lic.codec.structure import channel_axes, groups, kmac_per_pixel, layer_sizes, parameters
 from lic.shrink import pruning, search, statistics
 from lic.shrink.pruning import importance, most_important, narrow
-from lic.shrink.statistics import Moments, Statistics, energy_products, observe
+from lic.shrink.statistics import Moments, Statistics, gdn_products, observe
 from lic.train.loss import mean_loss
 
 GROUPS = groups()
@@ -115,7 +115,7 @@ def test_folding_a_channel_that_the_others_determine_changes_nothing(group, monk
     gdn = model.get_submodule(normalised_by) if normalised_by else None
     observed = Statistics(
         dict.fromkeys(used_by, moments(v)),
-        {group: energy_products(gdn, u[0].flatten(1))} if gdn else {},
+        {group: gdn_products(gdn, u[0].flatten(1))} if gdn else {},
     )
     with torch.no_grad():
         cut = narrow(model, {group: rest}, observed)
@@ -139,7 +139,7 @@ def narrowed_gdn(model, group, keep, v):
     _, name, used_by = GROUPS[group]
     gdn = model.get_submodule(name)
     inputs = dict.fromkeys(used_by, moments(v[None, :, :, None]))
-    cut = narrow(model, {group: keep}, Statistics(inputs, {group: energy_products(gdn, v)}))
+    cut = narrow(model, {group: keep}, Statistics(inputs, {group: gdn_products(gdn, v)}))
     return gdn, cut.get_submodule(name)
 
 
@@ -211,7 +211,15 @@ def test_statistics_are_those_of_what_the_layers_receive():
     weight = (v / (gamma.double() @ v.square() + beta[:, None])).square()
     q = torch.cat([v.square(), torch.ones_like(v[:1])])
     expected = torch.einsum("ip,jp,kp->ijk", weight, q, q)
-    torch.testing.assert_close(observed.energies["g_s.1"], expected, rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(observed.gdn_products["g_s.1"], expected, rtol=1e-5, atol=1e-8)
+
+
+def test_positions_of_a_large_layer_are_sampled_from_every_column():
+    columns = torch.arange(64.0).expand(2, 3, 100, 64)
+    some = statistics.some_positions(columns)
+    assert statistics.POSITIONS / 2 < some.shape[1] < 2 * statistics.POSITIONS
+    assert set(some[0].tolist()) == set(range(64))
+    assert some.untyped_storage().nbytes() < columns.numel()
 
 
 def test_what_the_others_can_replace_goes_first():

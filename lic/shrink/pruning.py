@@ -26,7 +26,7 @@ def narrow(model, keep, statistics=None):
             if len(indices) == model.config["widths"][group]:
                 continue
             fold_into_readers(model, state, group, indices, statistics)
-            if group in statistics.energies:
+            if group in statistics.gdn_products:
                 fold_into_gdn(model, state, group, indices, statistics)
     widths = model.config["widths"]
     for group, indices in keep.items():
@@ -95,25 +95,32 @@ def fold_into_readers(model, state, group, keep, statistics):
 def fold_into_gdn(model, state, group, keep, statistics):
     """Fit beta and gamma of the GDN of `group` anew, in state, to the channels that stay.
 
-    Each energy e_i = beta_i + sum_j gamma[i, j] x_j^2 is fitted by those of the kept x_j^2 and the
-    constant, by least squares with no coefficient negative. Energies span many octaves; unweighted,
-    the few loud positions would decide and the quiet ones be divided by far too much. An error of
-    e_i changes y_i by x_i / e_i^(3/2), in an IGDN by x_i / e_i^(1/2), times half of it; the weights
-    x_i^2 / e_i^2 lie between the two squares. Coordinate descent (Franc, Hlaváč, Navara,
-    "Sequential coordinate-wise algorithm for the non-negative least squares problem", CAIP 2005)
-    from the old coefficients on, all i at once.
+    Channel i is divided by the root of e_i = beta_i + sum_j gamma[i, j] x_j^2 (IGDN: multiplied),
+    and the sum is over channels that go, too. f_i, of the same form, may use only those that stay,
+    and of all f_i without a negative coefficient it is the one of the least
+
+        sum over the positions of x_i^2 ((f_i - e_i) / e_i)^2
+
+    Errors are relative, since they change the output y_i by dy_i / y_i = -+ de_i / 2 e_i. (That
+    would weigh them by y_i^2; x_i^2 gave a lower J, see docs/notebook/pruning.md.) Energies span
+    many octaves: if the errors were not relative, the few loud positions would decide, and f_i be
+    many times too large at the others.
+
+    Solved for all i at once by coordinate descent from the old coefficients on (Franc, Hlaváč,
+    Navara, "Sequential coordinate-wise algorithm for the non-negative least squares problem",
+    CAIP 2005).
     """
     gdn = structure.groups()[group].gdn
     beta, gamma = model.get_submodule(gdn).coefficients()
     old = torch.cat([gamma, beta[:, None]], 1)[keep].double()  # (kept, C + 1)
-    products = statistics.energies[group][keep]  # (kept, C + 1, C + 1)
-    columns = torch.cat([keep, torch.tensor([len(gamma)])])  # the constant is the last
-    A = products[:, columns][:, :, columns]
-    b = torch.einsum("ijk,ik->ij", products[:, columns], old)
-    fitted = old[:, columns]
+    columns = torch.cat([keep, torch.tensor([len(gamma)])])  # those of the kept x_j^2, and beta's
+    products = statistics.gdn_products[group][keep][:, columns]  # (kept, kept + 1, C + 1)
+    A = products[:, :, columns]  # the normal equations of row i: A[i] fitted[i] = b[i]
+    b = (products @ old[:, :, None])[:, :, 0]
+    fitted = old[:, columns]  # (kept, kept + 1)
     for _ in range(SWEEPS):
         for j in range(len(columns)):
-            slope = torch.einsum("ik,ik->i", A[:, j], fitted) - b[:, j]
+            slope = (A[:, j] * fitted).sum(1) - b[:, j]
             curvature = A[:, j, j].clamp(min=1e-300)  # 0 for a dead channel, which moves nothing
             fitted[:, j] = (fitted[:, j] - slope / curvature).clamp(min=0)
     fitted = fitted.to(gamma)
@@ -161,8 +168,8 @@ def residual(model, statistics):
         ridge = 1e-6 * covariance.diagonal().mean() + 1e-12
         P = torch.linalg.inv(covariance + ridge * torch.eye(width, dtype=covariance.dtype))
         _, in_axis = structure.channel_axes(reader)
-        energy = reader.weight.detach().double().square()
-        strength = energy.transpose(0, in_axis).sum((1, 2, 3))  # |W_c|^2, (width,)
+        squares = reader.weight.detach().double().square()
+        strength = squares.transpose(0, in_axis).sum((1, 2, 3))  # |W_c|^2, (width,)
         ranks[name] = torch.zeros(width)
         left = torch.ones(width, dtype=torch.bool)
         for rank in range(width):

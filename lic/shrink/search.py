@@ -9,8 +9,8 @@ and Zhu, arXiv:2506.01229:
    S_target as it gets, S the share of the parameters (or multiply-accumulates, or time) removed.
 
 A threshold asks what narrowing a group costs and not what it saves. `greedy_search` asks for both,
-of the same sensitivities. These ignore how groups interact: `evolve` goes on from that plan and
-measures whole plans. The control is `uniform_widths`, one ratio for all groups.
+of the same sensitivities. Both add up the rises of single groups; `evolve` goes on from the greedy
+plan and measures whole plans. The control is `uniform_widths`, one ratio for all groups.
 
 A plan is {group: width}. Two arguments below judge one: `rise` takes a plan of some groups and
 gives the relative rise of J, averaged over the levels, when those are narrowed together; `share`
@@ -98,9 +98,10 @@ def adaptive_search(table, share, target):
 def greedy_search(table, share, target):
     """Widths and sparsity of a plan that removes `target` by the cuts that cost least for it.
 
-    From the full widths on, again and again, one group is narrowed, by however much: the one where
-    J rises least for the share that this removes, beyond the target not counted. The rises of
-    single groups are taken to add up. (Fox, "Discrete optimization via marginal analysis", 1966.)
+    From the full widths on, again and again, one group is narrowed: the cut, of any depth, with the
+    least rise of J per share that it removes; what it removes beyond the target does not count. The
+    rises of single groups are taken to add up. (Fox, "Discrete optimization via marginal
+    analysis", 1966.)
     """
     widths, S = {group: max(row) for group, row in table.items()}, 0.0
     before = widths, S
@@ -154,16 +155,17 @@ def uniform_widths(config, share, target):
 
 
 def evolve(rise, shares, start, config, tries, rng, report=print):
-    """Widths of the least rise found among `tries` plans that remove as much as the plan `start`.
+    """Widths of the least rise found in `tries` tries of plans that remove as much as `start`.
 
     Each try crosses two of the best plans group by group, moves two groups by one to three
-    multiples, then narrows or widens groups until as much is removed as was, and hardly more; a
-    plan that was there before is not measured again. `shares` takes a plan and gives an array of
-    what it removes, say of parameters and of multiply-accumulates; none may become less. After Real
-    et al., "Regularized evolution for image classifier architecture search", arXiv:1802.01548, but
-    with crossover, and the best are kept, none dies of age.
+    multiples, then narrows groups until as much is removed as by `start`, and widens them while it
+    still is; a plan that was there before is not measured again. `shares` takes a plan and gives an
+    array of what it removes, say of parameters and of multiply-accumulates: none may be less.
+
+    After Real et al., "Regularized evolution for image classifier architecture search",
+    arXiv:1802.01548, but with crossover, and the best are kept, none dies of age.
     """
-    groups, least = list(start), shares(start)
+    groups, required = list(start), shares(start)
     population = [(rise(start), start)]
     seen = {tuple(start.values())}
     report(f"try 0: rise of J {population[0][0]:+.2%}")
@@ -176,7 +178,7 @@ def evolve(rise, shares, start, config, tries, rng, report=print):
             child[group] = parent[group]
         for group in rng.choice(groups, 2, replace=False):
             child[group] += MULTIPLE * int(rng.choice([-3, -2, -1, 1, 2, 3]))
-        fit_shares(child, shares, config["widths"], least, rng)
+        fit_shares(child, shares, config["widths"], required, rng)
         if tuple(child.values()) in seen:
             continue
         seen.add(tuple(child.values()))
@@ -188,19 +190,19 @@ def evolve(rise, shares, start, config, tries, rng, report=print):
     return population[0][1]
 
 
-def fit_shares(widths, shares, full, least, rng):
-    """Change a plan, in place, so that it removes the `least` shares and hardly more.
+def fit_shares(widths, shares, full, required, rng):
+    """Change a plan, in place, so that it removes the shares `required`.
 
-    Random groups are narrowed until so much is removed, then groups widened while it still is.
+    Random groups are narrowed until it does, then groups widened while it still does.
     """
     for group, width in widths.items():
         widths[group] = min(full[group], max(MULTIPLE, width))
-    while (shares(widths) < least).any():
+    while (shares(widths) < required).any():
         group = rng.choice([group for group in widths if widths[group] > MULTIPLE])
         widths[group] = max(MULTIPLE, widths[group] - MULTIPLE)
     for group in rng.permutation(list(widths)):
         while widths[group] < full[group]:
             wider = min(full[group], widths[group] + MULTIPLE)
-            if (shares(widths | {group: wider}) < least).any():
+            if (shares(widths | {group: wider}) < required).any():
                 break
             widths[group] = wider

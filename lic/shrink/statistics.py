@@ -8,7 +8,7 @@ import torch
 from lic.codec import structure
 
 RIDGE = 1e-4  # of the mean variance, added to each in a regression: it keeps the weights small
-POSITIONS = 1500  # of each batch that a GDN is fitted to
+POSITIONS = 1500  # taken from each batch, to fit the GDNs to
 
 
 @contextmanager
@@ -54,9 +54,10 @@ class Moments(NamedTuple):
 
 class Statistics(NamedTuple):
     inputs: dict  # {layer that reads a group: Moments of its input}
-    energies: dict  # {group with a GDN: `energy_products`}
+    gdn_products: dict  # {group with a GDN: `gdn_products` of its input}
 
 
+@torch.no_grad()
 def observe(model, x):
     """Statistics over the images x (B, 3, H, W) and the levels."""
     groups = structure.groups()
@@ -67,7 +68,7 @@ def observe(model, x):
     return Statistics(
         {reader: moments(parts) for reader, parts in inputs.items()},
         {
-            group: energy_products(model.get_submodule(gdn), torch.cat(samples[gdn], 1))
+            group: gdn_products(model.get_submodule(gdn), torch.cat(samples[gdn], 1))
             for group, gdn in gdns.items()
         },
     )
@@ -89,22 +90,24 @@ def moments(parts):
 
 
 def some_positions(v):
-    """(C, P): v (B, C, H, W) at P evenly spaced positions, POSITIONS or up to twice as many."""
+    """v (B, C, H, W) at some POSITIONS evenly spaced positions, or at all: (C, positions)."""
     v = v.permute(1, 0, 2, 3).flatten(1)
-    return v[:, :: max(1, v.shape[1] // POSITIONS)]
+    stride = v.shape[1] // POSITIONS | 1  # odd: an even one would see some columns only
+    return v[:, ::stride].clone()  # a view would keep all of v alive
 
 
-def energy_products(gdn, v):
-    """What `pruning.fold_into_gdn` needs of the GDN's input v (C, positions): (C, C + 1, C + 1).
+def gdn_products(gdn, v):
+    """What `pruning.fold_into_gdn` needs of a GDN's input v (C, positions): (C, C + 1, C + 1).
 
-    For each output i the sum over positions of w_i q q^T, where q = (v_1^2, ... v_C^2, 1) and
-    w_i = v_i^2 / e_i^2, e_i the energy that i is divided (GDN) or multiplied (IGDN) by.
+    For each channel i the sum over the positions of w_i q q^T, where q = (v_1^2, ... v_C^2, 1),
+    w_i = v_i^2 / e_i^2 and e_i = beta_i + sum_j gamma[i, j] v_j^2.
     """
     beta, gamma = (coefficient.double() for coefficient in gdn.coefficients())
     squares = v.double().square()
     energy = beta[:, None] + gamma @ squares
+    weights = squares / energy.square()  # (C, positions)
     q = torch.cat([squares, torch.ones_like(squares[:1])])
-    return torch.stack([(q * w) @ q.T for w in squares / energy.square()])
+    return torch.stack([(q * w) @ q.T for w in weights])
 
 
 def best_prediction(moments, keep, gone):
