@@ -20,15 +20,14 @@ def narrow(model, keep, statistics=None):
     Groups that are not named stay whole. statistics, from `statistics.observe`: the channels that
     stay take over what they can predict of the removed ones; without it those count as zeros.
     """
-    state = model.state_dict()
+    state, widths = model.state_dict(), model.config["widths"]
     if statistics:
         for group, indices in keep.items():  # all before the first cut: a fold reads whole weights
-            if len(indices) == model.config["widths"][group]:
+            if len(indices) == widths[group]:
                 continue
             fold_into_readers(model, state, group, indices, statistics)
             if group in statistics.gdn_products:
                 fold_into_gdn(model, state, group, indices, statistics)
-    widths = model.config["widths"]
     for group, indices in keep.items():
         for name, axis, copies in structure.axes_of_group(model, group):
             kept = torch.cat([indices + copy * widths[group] for copy in range(copies)])
