@@ -3,9 +3,9 @@
     python search.py                                        after python train.py
     python search.py --checkpoint runs/small.pt --data photos/ --amp --target 0.6 --of macs
 
-Prints the sensitivity of J to each group, moves the threshold alpha until the target share of
-parameters (or multiply-accumulates, or time) is gone, and writes plan.json for prune.py. With
---method greedy there is no threshold: what costs least for what it removes goes first.
+Prints the sensitivity of J to each group, narrows first what costs least for what it removes, until
+the target share of parameters and multiply-accumulates is gone, and writes plan.json for prune.py.
+--method threshold searches as in the paper: one threshold on the sensitivities of all.
 """
 
 import lic.interrupt  # first: from here on Ctrl-C is a word
@@ -17,7 +17,7 @@ import time
 import numpy as np
 
 from lic.codec.checkpoint import FLOAT_STAGES, load_checkpoint
-from lic.codec.structure import total_stride
+from lic.codec.structure import groups, total_stride
 from lic.files import LicError, claim_output, free_name
 from lic.images import fixed_crops
 from lic.options import (
@@ -51,17 +51,19 @@ def parse_args():
     add("--checkpoint", default="runs/dense.pt", help="codec to prune (default: runs/dense.pt)")
     add_image_arguments(parser)
     add("--target", type=fraction, default=0.5, help="share to remove, 0 to 1 (default: 0.5)")
-    add("--of", choices=("params", "macs", "both", "time"), default="params",
-        help="what the target counts; both: the smaller share of the first two; time: of coding on "
-        "this machine, in 8 bits (default: params)")
+    add("--of", choices=("both", "params", "macs", "time"), default="both",
+        help="what the target counts: parameters; multiply-accumulates; both: the smaller of these "
+        "shares; time: of coding on this machine, in 8 bits (default: both)")
     add("--decodings", type=positive_number, default=1,
         help="how often a picture is decoded once it is encoded, where time counts (default: 1)")
     add("--delta", type=positive_number, default=0.02,
         help="how far from the target a plan may be (default: 0.02)")
-    add("--method", choices=("threshold", "greedy", "evolve", "uniform"), default="threshold",
-        help="threshold on sensitivities, as in the paper; greedy: what costs least for what it "
-        "removes goes first; evolve: the greedy plan, evolved; uniform: one ratio for all groups "
-        "(default: threshold)")
+    add("--method", choices=("greedy", "threshold", "evolve", "uniform"), default="greedy",
+        help="greedy: what costs least for what it removes goes first; threshold: one on all "
+        "sensitivities, as in the paper; evolve: the greedy plan, evolved; uniform: one ratio for "
+        "all groups (default: greedy)")
+    add("--whole", nargs="+", choices=tuple(groups()), default=[], metavar="GROUP",
+        help="groups that stay as wide as they are, say g_s.2 (default: none)")
     add("--importance", choices=("residual", "l1"), default="residual",
         help="which channels of a group go first (default: residual)")
     add("--sensitivities",
@@ -145,17 +147,19 @@ def main():
         print(f"768x512 pixels, encoded once and decoded {args.decodings:g} times, take the codec "
               f"{cost(config['widths']):.0f} ms, entropy coding left out")  # fmt: skip
 
-    def share(widths):
-        return search.sparsity(config, widths, cost)[args.of]
+    full = {group: width for group, width in config["widths"].items() if group not in args.whole}
+
+    def share(widths):  # of a plan of the groups in full
+        return search.sparsity(config, config["widths"] | widths, cost)[args.of]
 
     def shares(widths):  # those that evolution must not lessen
-        removed = search.sparsity(config, widths, cost)
+        removed = search.sparsity(config, config["widths"] | widths, cost)
         counted = ("params", "macs") if args.of == "both" else (args.of,)
         return np.array([removed[what] for what in counted])
 
     table, alpha, ratio = None, None, None
     if args.method == "uniform":  # the control
-        ratio, widths, S = search.uniform_widths(config, share, args.target)
+        ratio, widths, S = search.uniform_widths(full, share, args.target)
         print(f"ratio {ratio:.3f} for every group")
     else:
         # the sensitivity of J to each group
@@ -164,13 +168,15 @@ def main():
         else:
             print("rise of J when one group alone keeps so many channels, mean over the levels")
             table = search.sensitivities(config, cutter.rise)
+        rows = {group: table[group] for group in full}
         if args.method == "threshold":  # alpha, moved until the target is met
-            alpha, widths, S = search.adaptive_search(table, share, args.target)
+            alpha, widths, S = search.adaptive_search(rows, share, args.target)
             print(f"alpha {alpha:.5f}")
         else:
-            widths, S = search.greedy_search(table, share, args.target)
+            widths, S = search.greedy_search(rows, share, args.target)
 
     def plan_of(widths, method):
+        widths = config["widths"] | widths
         return {
             "baseline": meta["fingerprint"],
             "method": method,
@@ -199,10 +205,11 @@ def main():
     if args.method == "evolve" and not missed:  # whole plans
         print(f"wrote {out}, the greedy plan; evolving it")
         rng = np.random.default_rng(args.seed)
-        widths = search.evolve(cutter.rise, shares, widths, config, args.tries, rng)
+        widths = search.evolve(cutter.rise, shares, widths, full, args.tries, rng)
         plan = plan_of(widths, "evolve")
         save_plan(out, plan)
 
+    widths = plan["widths"]
     print("kept:", "  ".join(f"{g} {w}/{config['widths'][g]}" for g, w in widths.items()))
     sparsity = plan["sparsity"]
     print(
@@ -210,8 +217,8 @@ def main():
         f"{sparsity['macs']:.1%} of the multiply-accumulates"
         + (f", {sparsity['time']:.1%} of the time" if cost else "")
     )
-    rows = {"dense": "J", "cut and folded": "J_folded", "cut, not folded": "J_zeros"}
-    for what, key in rows.items():
+    codecs = {"dense": "J", "cut and folded": "J_folded", "cut, not folded": "J_zeros"}
+    for what, key in codecs.items():
         print(f"J a level, {what:20}", *(f"{v:.4f}" for v in plan[key]))
     print(f"wrote {out} after {time.monotonic() - start:.0f} s")
     if missed:

@@ -320,7 +320,7 @@ def test_adaptive_search_and_uniform_reach_the_target(of, target):
     assert abs(S - target) == min(
         abs(share(search.threshold_widths(TABLE, a)) - target) for a in alphas
     )
-    ratio, widths, S = search.uniform_widths(CONFIG, share, target)
+    ratio, widths, S = search.uniform_widths(CONFIG["widths"], share, target)
     assert abs(S - target) < 0.03
     assert all(abs(w - ratio * CONFIG["widths"][g]) <= 8 for g, w in widths.items())
 
@@ -365,7 +365,7 @@ def test_evolution_finds_a_better_plan_that_costs_no_more(of):
             rise,
             lambda widths: np.array([share(widths)]),
             start,
-            CONFIG,
+            CONFIG["widths"],
             200,
             np.random.default_rng(seed),
             report=lambda line: None,
@@ -383,7 +383,7 @@ def test_evolution_keeps_widths_that_are_no_multiples_within_bounds():
         lambda widths: tried.append(dict(widths)) or 0.0,
         lambda widths: np.array([search.sparsity(config, widths)["params"]]),
         start,
-        config,
+        WIDTHS,
         100,
         np.random.default_rng(0),
         report=lambda line: None,

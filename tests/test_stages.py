@@ -166,7 +166,7 @@ def test_plan_and_pruned_checkpoint_have_the_same_widths(pipeline):
     plan = json.loads((pipeline / "plan.json").read_text())
     model, _ = load_checkpoint(pipeline / "pruned.pt")
     assert model.config["widths"] == plan["widths"]
-    assert abs(plan["sparsity"]["params"] - 0.4) <= 0.1
+    assert abs(plan["sparsity"]["both"] - 0.4) <= 0.1
 
 
 def test_a_plan_for_another_checkpoint_is_refused(pipeline, photos):
@@ -267,6 +267,21 @@ def test_an_evolution_that_is_stopped_leaves_the_plan_it_began_with(
     plan = load_plan(out)
     assert plan["method"] == "greedy"
     assert plan["sensitivity"] == load_plan(pipeline / "plan.json")["sensitivity"]
+
+
+@pytest.mark.parametrize("method", ["threshold", "greedy", "evolve", "uniform"])
+def test_groups_that_are_to_stay_whole_do(method, pipeline, photos, monkeypatch):
+    out = pipeline / f"whole_{method}.json"
+    arguments = ["--checkpoint", pipeline / "dense.pt", "--data", photos, "--crop", 64]
+    arguments += ["--crops", 2, "--target", 0.4, "--delta", 0.1, "--method", method]
+    arguments += ["--sensitivities", pipeline / "plan.json", "--tries", 5, "--out", out]
+    assert run_script(monkeypatch, "search.py", *arguments, "--whole", "y", "g_s.2") == 0
+    plan, before = load_plan(out), load_plan(pipeline / "plan.json")
+    full = {group: max(map(int, row)) for group, row in before["sensitivity"].items()}
+    assert plan["widths"]["y"] == full["y"] and plan["widths"]["g_s.2"] == full["g_s.2"]
+    assert plan["sparsity"]["both"] > 0.3
+    if method != "uniform":  # all are measured, and in the plan
+        assert plan["sensitivity"] == before["sensitivity"]
 
 
 def test_a_quantized_checkpoint_is_not_pruned_again(pipeline, photos, monkeypatch, capsys):

@@ -68,7 +68,7 @@ def test_another_architecture_is_another_table(monkeypatch, tmp_path):
     assert structure.parameters(dense.config) == sum(p.numel() for p in dense.parameters())
     statistics = observe(dense, x)
     _, widths, S = uniform_widths(
-        dense.config, lambda widths: sparsity(dense.config, widths)["params"], 0.3
+        dense.config["widths"], lambda widths: sparsity(dense.config, widths)["params"], 0.3
     )
     assert S == sparsity(dense.config, widths)["params"] > 0.1
     scores = importance(dense, statistics)

@@ -8,9 +8,10 @@ and Zhu, arXiv:2506.01229:
 3. Adaptive search: bisection over the values that alpha can usefully take until S is as near to
    S_target as it gets, S the share of the parameters (or multiply-accumulates, or time) removed.
 
-A threshold asks what narrowing a group costs and not what it saves. `greedy_search` asks for both,
-of the same sensitivities. Both add up the rises of single groups; `evolve` goes on from the greedy
-plan and measures whole plans. The control is `uniform_widths`, one ratio for all groups.
+A threshold asks what narrowing a group costs and not what it saves. `greedy_search`, the default of
+search.py, asks for both, of the same sensitivities. Both methods add up the rises of single groups;
+`evolve` goes on from the greedy plan and measures whole plans. The control is `uniform_widths`, one
+ratio for all.
 
 A plan is {group: width}. Two arguments below judge one: `rise` takes a plan of some groups and
 gives the relative rise of J, averaged over the levels, when those are narrowed together; `share`
@@ -121,23 +122,23 @@ def greedy_search(table, share, target):
     return min(before, (widths, S), key=lambda found: abs(found[1] - target))
 
 
-def uniform_widths(config, share, target):
+def uniform_widths(full, share, target):
     """Ratio, widths and sparsity of the plan that narrows every group by the same ratio.
 
     Groups round at staggered points, interleaved over the four networks: if all rounded to the
     nearest multiple, equally wide groups would jump together and the plans would leave gaps of a
     tenth in S.
     """
-    count = len(config["widths"])
+    count = len(full)
     # steps of about 5 through the groups: neighbours in the table round far apart
     step = next(step for step in (5, 7, 11, 13, 1) if math.gcd(step, count) == 1)
     stagger = [(step * i % count + 0.5) / count for i in range(count)]
 
     def widths_of(ratio):
         widths = {}
-        for (group, full), round_at in zip(config["widths"].items(), stagger):
-            narrowed = MULTIPLE * math.floor(ratio * full / MULTIPLE + round_at)
-            widths[group] = min(full, max(MULTIPLE, narrowed))
+        for (group, width), round_at in zip(full.items(), stagger):
+            narrowed = MULTIPLE * math.floor(ratio * width / MULTIPLE + round_at)
+            widths[group] = min(width, max(MULTIPLE, narrowed))
         return widths
 
     best, least, low, high = None, math.inf, 0.0, 1.0
@@ -154,7 +155,7 @@ def uniform_widths(config, share, target):
     return best
 
 
-def evolve(rise, shares, start, config, tries, rng, report=print):
+def evolve(rise, shares, start, full, tries, rng, report=print):
     """Widths of the least rise found in `tries` tries of plans that remove as much as `start`.
 
     Each try crosses two of the best plans group by group, moves two groups by one to three
@@ -178,7 +179,7 @@ def evolve(rise, shares, start, config, tries, rng, report=print):
             child[group] = parent[group]
         for group in rng.choice(groups, 2, replace=False):
             child[group] += MULTIPLE * int(rng.choice([-3, -2, -1, 1, 2, 3]))
-        fit_shares(child, shares, config["widths"], required, rng)
+        fit_shares(child, shares, full, required, rng)
         if tuple(child.values()) in seen:
             continue
         seen.add(tuple(child.values()))
