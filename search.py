@@ -59,11 +59,11 @@ def parse_args():
     add("--delta", type=positive_number, default=0.02,
         help="how far from the target a plan may be (default: 0.02)")
     add("--method", choices=("greedy", "threshold", "evolve", "uniform"), default="greedy",
-        help="greedy: what costs least for what it removes goes first; threshold: one on all "
-        "sensitivities, as in the paper; evolve: the greedy plan, evolved; uniform: one ratio for "
+        help="greedy: what costs least for what it removes goes first; threshold: one threshold "
+        "for all groups, as in the paper; evolve: the greedy plan, evolved; uniform: one ratio for "
         "all groups (default: greedy)")
-    add("--whole", nargs="+", choices=tuple(groups()), default=[], metavar="GROUP",
-        help="groups that stay as wide as they are, say g_s.2 (default: none)")
+    add("--untouched", nargs="+", choices=tuple(groups()), default=[], metavar="GROUP",
+        help="groups that are not narrowed, say g_s.2 (default: none)")
     add("--importance", choices=("residual", "l1"), default="residual",
         help="which channels of a group go first (default: residual)")
     add("--sensitivities",
@@ -147,33 +147,37 @@ def main():
         print(f"768x512 pixels, encoded once and decoded {args.decodings:g} times, take the codec "
               f"{cost(config['widths']):.0f} ms, entropy coding left out")  # fmt: skip
 
-    full = {group: width for group, width in config["widths"].items() if group not in args.whole}
+    free = {g: width for g, width in config["widths"].items() if g not in args.untouched}
+    if not free:
+        raise LicError("--untouched names all groups: nothing is left to narrow")
 
-    def share(widths):  # of a plan of the groups in full
-        return search.sparsity(config, config["widths"] | widths, cost)[args.of]
+    def removed(widths):  # by a plan of the free groups
+        return search.sparsity(config, config["widths"] | widths, cost)
+
+    def share(widths):
+        return removed(widths)[args.of]
 
     def shares(widths):  # those that evolution must not lessen
-        removed = search.sparsity(config, config["widths"] | widths, cost)
         counted = ("params", "macs") if args.of == "both" else (args.of,)
-        return np.array([removed[what] for what in counted])
+        return np.array([removed(widths)[what] for what in counted])
 
     table, alpha, ratio = None, None, None
     if args.method == "uniform":  # the control
-        ratio, widths, S = search.uniform_widths(full, share, args.target)
+        ratio, widths, S = search.uniform_widths(free, share, args.target)
         print(f"ratio {ratio:.3f} for every group")
     else:
-        # the sensitivity of J to each group
+        # the sensitivity of J to each group, to the untouched, too: a plan holds all
         if args.sensitivities:
             table = earlier_sensitivities(args.sensitivities, meta["fingerprint"], args.importance)
         else:
             print("rise of J when one group alone keeps so many channels, mean over the levels")
             table = search.sensitivities(config, cutter.rise)
-        rows = {group: table[group] for group in full}
+        free_table = {group: table[group] for group in free}
         if args.method == "threshold":  # alpha, moved until the target is met
-            alpha, widths, S = search.adaptive_search(rows, share, args.target)
+            alpha, widths, S = search.adaptive_search(free_table, share, args.target)
             print(f"alpha {alpha:.5f}")
         else:
-            widths, S = search.greedy_search(rows, share, args.target)
+            widths, S = search.greedy_search(free_table, share, args.target)
 
     def plan_of(widths, method):
         widths = config["widths"] | widths
@@ -183,6 +187,7 @@ def main():
             "importance": args.importance,
             "target": args.target,
             "of": args.of,
+            "untouched": args.untouched,
             "timing": timing,
             "alpha": alpha,
             "ratio": ratio,
@@ -205,7 +210,7 @@ def main():
     if args.method == "evolve" and not missed:  # whole plans
         print(f"wrote {out}, the greedy plan; evolving it")
         rng = np.random.default_rng(args.seed)
-        widths = search.evolve(cutter.rise, shares, widths, full, args.tries, rng)
+        widths = search.evolve(cutter.rise, shares, widths, free, args.tries, rng)
         plan = plan_of(widths, "evolve")
         save_plan(out, plan)
 

@@ -20,6 +20,7 @@ from lic.codec.bitstream import load_coder
 from lic.codec.checkpoint import load_checkpoint
 from lic.codec.eight_bits import WIDE, input_ranges
 from lic.codec.model import Codec, preset_config
+from lic.codec.structure import groups
 from lic.files import LicError
 from lic.images import dead_leaves, read_image
 from lic.measure import ideal_bits, measure_classical
@@ -270,18 +271,30 @@ def test_an_evolution_that_is_stopped_leaves_the_plan_it_began_with(
 
 
 @pytest.mark.parametrize("method", ["threshold", "greedy", "evolve", "uniform"])
-def test_groups_that_are_to_stay_whole_do(method, pipeline, photos, monkeypatch):
-    out = pipeline / f"whole_{method}.json"
+def test_untouched_groups_are_not_narrowed(method, pipeline, photos, monkeypatch):
+    out = pipeline / f"untouched_{method}.json"
     arguments = ["--checkpoint", pipeline / "dense.pt", "--data", photos, "--crop", 64]
     arguments += ["--crops", 2, "--target", 0.4, "--delta", 0.1, "--method", method]
     arguments += ["--sensitivities", pipeline / "plan.json", "--tries", 5, "--out", out]
-    assert run_script(monkeypatch, "search.py", *arguments, "--whole", "y", "g_s.2") == 0
+    assert run_script(monkeypatch, "search.py", *arguments, "--untouched", "y", "g_s.2") == 0
     plan, before = load_plan(out), load_plan(pipeline / "plan.json")
     full = {group: max(map(int, row)) for group, row in before["sensitivity"].items()}
     assert plan["widths"]["y"] == full["y"] and plan["widths"]["g_s.2"] == full["g_s.2"]
     assert plan["sparsity"]["both"] > 0.3
+    assert plan["untouched"] == ["y", "g_s.2"]
     if method != "uniform":  # all are measured, and in the plan
         assert plan["sensitivity"] == before["sensitivity"]
+
+
+def test_a_search_needs_a_group_to_narrow(pipeline, photos, monkeypatch, capsys):
+    arguments = ["--checkpoint", pipeline / "dense.pt", "--data", photos, "--crop", 64]
+    arguments += ["--crops", 2, "--out", pipeline / "none.json", "--untouched"]
+    assert run_script(monkeypatch, "search.py", *arguments, *groups()) == 2
+    assert "nothing is left to narrow" in capsys.readouterr().err
+    arguments += [group for group in groups() if group != "g_s.3"]  # one
+    arguments += ["--sensitivities", pipeline / "plan.json", "--method", "evolve", "--tries", 3]
+    arguments += ["--target", 0.1, "--delta", 0.1]
+    assert run_script(monkeypatch, "search.py", *arguments) == 0
 
 
 def test_a_quantized_checkpoint_is_not_pruned_again(pipeline, photos, monkeypatch, capsys):

@@ -4,7 +4,8 @@
     "keep"          {group: [rising indices]}; "widths": {group: how many these are}
     "sensitivity"   {group: {width: zeta}}, or null; "alpha", or null; "ratio", or null
     "timing"        what a layer takes, as timing.time_layers gives it, or null
-    "method", "importance", "target", "of": what was asked for; "sparsity": what came of it
+    "method", "importance", "target", "of", "untouched": what was asked for; "sparsity": what came
+                    of it
     "crops", "crop" how many crops of which side it was measured on; prune.py cuts with the same
     "lambdas"; "J", "J_zeros", "J_folded": J a level, dense, cut, and cut and folded
 

@@ -13,9 +13,9 @@ search.py, asks for both, of the same sensitivities. Both methods add up the ris
 `evolve` goes on from the greedy plan and measures whole plans. The control is `uniform_widths`, one
 ratio for all.
 
-A plan is {group: width}. Two arguments below judge one: `rise` takes a plan of some groups and
-gives the relative rise of J, averaged over the levels, when those are narrowed together; `share`
-takes a whole plan and gives S, `shares` several such.
+A plan is {group: width}; groups that it does not name stay as they are. Two arguments below judge
+one: `rise` gives the relative rise of J, averaged over the levels, when its groups are narrowed
+together; `share` gives S, `shares` several such.
 """
 
 import math
@@ -97,12 +97,12 @@ def adaptive_search(table, share, target):
 
 
 def greedy_search(table, share, target):
-    """Widths and sparsity of a plan that removes `target` by the cuts that cost least for it.
+    """Widths and sparsity of a plan that removes about `target` by the cuts that cost least for it.
 
     From the full widths on, again and again, one group is narrowed: the cut, of any depth, with the
-    least rise of J per share that it removes; what it removes beyond the target does not count. The
-    rises of single groups are taken to add up. (Fox, "Discrete optimization via marginal
-    analysis", 1966.)
+    least rise of J per share that it removes; what it removes beyond the target does not count. Of
+    the last two plans, before the target and beyond it, the nearer one is taken. The rises of
+    single groups are taken to add up. (Fox, "Discrete optimization via marginal analysis", 1966.)
     """
     widths, S = {group: max(row) for group, row in table.items()}, 0.0
     before = widths, S
@@ -156,7 +156,7 @@ def uniform_widths(full, share, target):
 
 
 def evolve(rise, shares, start, full, tries, rng, report=print):
-    """Widths of the least rise found in `tries` tries of plans that remove as much as `start`.
+    """Widths of the least rise found in `tries` tries of plans that remove as much as `start` does.
 
     Each try crosses two of the best plans group by group, moves two groups by one to three
     multiples, then narrows groups until as much is removed as by `start`, and widens them while it
@@ -177,7 +177,7 @@ def evolve(rise, shares, start, full, tries, rng, report=print):
         for group in groups:
             parent = a if rng.random() < 0.5 else b
             child[group] = parent[group]
-        for group in rng.choice(groups, 2, replace=False):
+        for group in rng.choice(groups, min(2, len(groups)), replace=False):
             child[group] += MULTIPLE * int(rng.choice([-3, -2, -1, 1, 2, 3]))
         fit_shares(child, shares, full, required, rng)
         if tuple(child.values()) in seen:
