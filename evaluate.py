@@ -10,7 +10,7 @@ BD-rate: of each checkpoint against every other curve, by PSNR and by MS-SSIM in
 better. The logarithm of the mean rate is interpolated over the mean quality by PCHIP.
 """
 
-import lic.interrupt  # first: from here on Ctrl-C is a word
+import lic.interrupt  # first: from here on Ctrl-C ends with one line
 
 import itertools
 import json

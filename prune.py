@@ -7,7 +7,7 @@
 The last: the same steps with nothing removed, to compare with; it writes runs/control.pt.
 """
 
-import lic.interrupt  # first: from here on Ctrl-C is a word
+import lic.interrupt  # first: from here on Ctrl-C ends with one line
 
 import sys
 
@@ -92,7 +92,7 @@ def main():
         recorded = ("method", "importance", "target", "of", "alpha", "ratio", "widths", "sparsity")
         metrics["plan"] = {key: plan[key] for key in recorded} | {"J_cut": J_cut}
     steps = fit(model, train, held_out, args, origin=[meta["fingerprint"], plan and plan["keep"]])
-    if rank() > 0:  # of several processes the first writes what all have found
+    if rank() > 0:  # of several processes, which all have the same codec, the first writes it
         return
     metrics["held_out_J"] = mean_loss(model, held_out).tolist()
 

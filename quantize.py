@@ -10,7 +10,7 @@ float, and the scales of the 8 bits; 0 skips them. The weights are rounded last,
 scale an output channel, so that the errors cancel in each layer's output.
 """
 
-import lic.interrupt  # first: from here on Ctrl-C is a word
+import lic.interrupt  # first: from here on Ctrl-C ends with one line
 
 from lic.codec.checkpoint import FLOAT_STAGES, load_checkpoint, save_checkpoint
 from lic.codec.eight_bits import eight_bit_inputs, pixel_layers, quantize_layers
@@ -44,8 +44,8 @@ def parse_args():
                         "another image (default: 512)")
     parser.add_argument("--float-inputs", nargs="*", metavar="LAYER", default=pixel_layers(),
                         choices=eight_bit_inputs(),
-                        help="layers whose input stays float (default: the one that makes "
-                        "the pixels, g_s.conv4; without a name: none)")
+                        help="layers whose input stays float, all of them (default: the one that "
+                        "makes the pixels, g_s.conv4; without a name: none)")
     add_training_arguments(parser, steps=200, lr=1e-4, out="runs/quantized.pt")
     # fmt: on
     return parse_training_args(parser)
@@ -66,7 +66,7 @@ def main():
     metrics["held_out_J_inputs"] = mean_loss(model, held_out).tolist()
     steps = fit(model, train, held_out, args, origin=[meta["fingerprint"], args.calibration])
     metrics["held_out_J_tuned"] = mean_loss(model, held_out).tolist()
-    if rank() > 0:  # of several processes the first writes what all have found
+    if rank() > 0:  # of several processes, which all have the same codec, the first writes it
         return
     round_weights(model, patch_moments(model, calibration))
     metrics["held_out_J"] = mean_loss(model, held_out).tolist()

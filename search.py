@@ -8,7 +8,7 @@ the target share of parameters and multiply-accumulates is gone, and writes plan
 --method threshold searches as in the paper: one threshold on the sensitivities of all.
 """
 
-import lic.interrupt  # first: from here on Ctrl-C is a word
+import lic.interrupt  # first: from here on Ctrl-C ends with one line
 
 import copy
 import functools

@@ -7,7 +7,7 @@
 Each image of a batch is coded at a rate level of its own.
 """
 
-import lic.interrupt  # first: from here on Ctrl-C is a word
+import lic.interrupt  # first: from here on Ctrl-C ends with one line
 
 import torch
 
@@ -74,7 +74,7 @@ def main():
         f"{args.steps} steps of {args.batch} crops of {args.crop}x{args.crop}"
     )
     steps = fit(model, train, held_out, args, origin=parent and parent["fingerprint"])
-    if rank() > 0:  # of several processes the first writes what all have found
+    if rank() > 0:  # of several processes, which all have the same codec, the first writes it
         return
 
     metrics = {"held_out_J": mean_loss(model, held_out).tolist()}

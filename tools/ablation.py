@@ -48,6 +48,7 @@ def parse_args():
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("--photos", required=True, help="folder of images to calibrate on, the training folder")
+    add("--validation", help="folder of images to hold out (default: one in sixteen of --photos)")
     add("--data", help="folder of images to measure BD-rates on (default: rise of J instead)")
     add("--float", dest="float_path", default="checkpoints/pruned.pt",
         help="the float codec (default: checkpoints/pruned.pt)")  # fmt: skip
@@ -278,7 +279,7 @@ def rate_curve(codec, images):
 
 def main():
     args = parse_args()
-    train, validation = load_images(args.photos, args.crop)
+    train, validation = load_images(args.photos, args.crop, args.validation)
     calibration = fixed_crops(train, args.calibration, args.crop)
     model, _ = load_checkpoint(args.float_path)
     trained, _ = load_checkpoint(args.quantized)

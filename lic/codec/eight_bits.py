@@ -6,7 +6,7 @@ Weights: int8 in [-127, 127], one scale an output channel, that of its largest w
 convolution's weight, axis 1 of a transposed one's). Activations: one scale a tensor; which input
 has how many bits is said in `input_ranges`: 8, in h_s 16. On disk weights are int8 tensors
 (`pack`), in memory floats on the int8 grid, so that training and inference are the same code. Only
-h_s, which decides how a file is read, is also computed in integers: integer.py. How the scales and
+of h_s, which decides how a file is read, do the integers belong to the format: integer.py. How the scales and
 the integers are found is not a decoder's business: shrink/quantization.py, shrink/rounding.py.
 
 What stays float, and why:
@@ -37,12 +37,12 @@ WIDE = (257 * DIGIT[0], 257 * DIGIT[1])
 
 
 def input_ranges():
-    """{layer: integer range of its input, or None where it is not rounded}."""
+    """{layer: integer range that its input may be rounded to, or None where it never is}."""
     then = {layer.makes: layer.then for layer in structure.LAYERS}
     ranges = {}
     for layer in structure.LAYERS:
         if layer.reads in (structure.IMAGE, "y", "z"):
-            # pixels are 8 bits already, less a constant; y stays float, see above; z is integers
+            # the image has 8 bits already, less a constant; y stays float, see above; z is integers
             ranges[layer.name] = None
         elif layer.network == "h_s":
             # it says how y is coded: what is lost here each symbol pays
@@ -60,12 +60,15 @@ def pixel_layers():
 
 
 def eight_bit_inputs():
-    """Names of the layers whose input has 8 bits; it may stay float instead."""
+    """Names of the layers whose input is rounded to 8 bits, unless it is to stay float."""
     return [name for name, limits in input_ranges().items() if limits in (SIGNED, LEAKY)]
 
 
 def fake_quantize(v, scale, low, high):
-    """Nearest representable value s * q; straight-through inside the range, no gradient outside."""
+    """Nearest representable value s * q.
+
+    The gradient passes straight through to v inside the range, and outside it to the scale alone.
+    """
     return round_ste(v / scale).clamp(low, high) * scale
 
 

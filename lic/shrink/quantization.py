@@ -3,7 +3,7 @@
 The grids, and the layers that round to them, are in codec/eight_bits.py; the weights are rounded
 last, by rounding.py. In between the weights and the scales of the 8-bit inputs are trained
 (Esser et al., "Learned step size quantization", arXiv:1902.08153); those of the 16-bit ones are
-not: they hold twice the largest value.
+not: they leave room for twice the largest value.
 """
 
 import torch
@@ -34,7 +34,7 @@ def least_error_scale(v, low, high):
 def clipped_inputs():
     """Layers of which rare values of the 8-bit input may be clipped: all but those of g_a.
 
-    There a clipped value can spoil a picture, and y is rounded anyway.
+    In g_a a clipped value can spoil a picture, and a finer scale is lost when y is rounded.
     """
     return [name for name in eight_bit_inputs() if not name.startswith("g_a")]
 
@@ -67,7 +67,7 @@ def input_scales(model, x, clipped=None):
 
 def sample(v):
     """Some 5,000 values of a tensor, (values,)."""
-    stride = v.numel() // 5_000 | 1  # odd: an even stride would meet every second column only
+    stride = (v.numel() // 5_000) | 1  # odd: an even stride would meet every second column only
     return v.flatten()[::stride].clone()  # a view would keep all of v alive
 
 
@@ -80,7 +80,7 @@ def equalize(model, x):
     channel c by s_c and multiplying the weights that read it by s_c changes nothing in exact
     arithmetic, as long as GDN's beta stays above its bound. The division costs nothing: the layer
     before takes it, through a leaky ReLU; or GDN, whose beta_c and gamma[c] take s_c^2; or, for y
-    on its way into g_s, the inverse gain.
+    on its way into g_s, the inverse gain. (On its way into h_a y is not rounded, nor balanced.)
 
         s_c = sqrt(largest |input| / largest |weight|), over the geometric mean of the channels
 
@@ -89,7 +89,7 @@ def equalize(model, x):
     correction", arXiv:1906.04721.
     """
     groups = structure.groups()
-    del groups["z"]  # is what is coded
+    del groups["z"]  # it is rounded and coded as it is, with no gain that could take the factor
     readers = {name: group.used_by[0] for name, group in groups.items()}
     largest = layer_inputs(model, x, readers.values(), lambda v: v.abs().amax((0, 2, 3)))
     for name, group in groups.items():
@@ -116,6 +116,6 @@ def equalize(model, x):
 def divide_gdn(gdn, s):
     """Divide the output channels of a GDN or IGDN by s (C,), in place."""
     beta, gamma = gdn.coefficients()
-    power = s**-2 if isinstance(gdn, IGDN) else s**2  # IGDN multiplies by the root
-    gdn.beta.copy_(gdn.stored(beta * power))
-    gdn.gamma.copy_(gdn.stored(gamma * power[:, None]))
+    factor = s**-2 if isinstance(gdn, IGDN) else s**2  # IGDN multiplies by the root
+    gdn.beta.copy_(gdn.stored(beta * factor))
+    gdn.gamma.copy_(gdn.stored(gamma * factor[:, None]))

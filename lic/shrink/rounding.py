@@ -14,8 +14,11 @@ part of it that cannot be predicted from the rest of the patch: 2 or 3 dB less f
 coded because it is unpredictable, 9 to 20 dB in most layers.
 
 Frantar et al., "GPTQ: Accurate post-training quantization for generative pre-trained transformers",
-arXiv:2210.17323. Here for convolutions, transposed ones too.
+arXiv:2210.17323. Here for convolutions, transposed ones too; H of every layer comes from the float
+weights, not from those of earlier layers already rounded.
 """
+
+import math
 
 import torch
 from torch.nn import functional as F
@@ -25,7 +28,7 @@ from lic.codec.eight_bits import WEIGHT, fake_quantize
 from lic.shrink.quantization import largest_scale
 from lic.shrink.statistics import listening
 
-PATCH_RIDGE = 1e-3  # of the mean power, added to each: what is seen of u is a sample
+PATCH_RIDGE = 1e-3  # of the mean power, added to each: H is estimated from few patches
 PATCHES = 512  # at most, of each layer's input, for four images
 
 
@@ -43,13 +46,13 @@ def round_weights(model, moments):
         W = structure.weight_rows(layer)  # (out, in * k * k)
         scale = largest_scale(W, *WEIGHT)
         Q = fake_quantize(W, scale[:, None], *WEIGHT)
-        before = after = 0
+        nearest = cancelling = 0  # squared errors
         for taps, entries in tap_groups(layer):
             H_met = H[entries][:, entries]
-            before += output_error(W[:, taps] - Q[:, taps], H_met)
+            nearest += output_error(W[:, taps] - Q[:, taps], H_met)
             Q[:, taps] = scale[:, None] * round_rows(W[:, taps] / scale[:, None], H_met)
-            after += output_error(W[:, taps] - Q[:, taps], H_met)
-        improvements[name] = (before.clamp(min=1e-30) / after.clamp(min=1e-30)).item()
+            cancelling += output_error(W[:, taps] - Q[:, taps], H_met)
+        improvements[name] = (nearest.clamp(min=1e-30) / cancelling.clamp(min=1e-30)).item()
         out_axis, _ = structure.channel_axes(layer)
         rows = layer.weight.transpose(0, out_axis)  # (out, in, k, k)
         rows.copy_(Q.view(rows.shape))
@@ -75,7 +78,7 @@ def patch_moments(model, x, names=None):
 
     def receive(name, layer, v):
         u = patches(layer, layer.quantized_input(v))
-        stride = -(-len(u) // PATCHES) | 1  # odd: an even one would see some columns only
+        stride = math.ceil(len(u) / PATCHES) | 1  # odd: an even one would see some columns only
         u = u[::stride]
         sums[name] += u.T @ u
         counts[name] += len(u)

@@ -92,7 +92,7 @@ def moments(parts):
 def some_positions(v):
     """v (B, C, H, W) at some POSITIONS evenly spaced positions, or at all: (C, positions)."""
     v = v.permute(1, 0, 2, 3).flatten(1)
-    stride = v.shape[1] // POSITIONS | 1  # odd: an even one would see some columns only
+    stride = (v.shape[1] // POSITIONS) | 1  # odd: an even one would see some columns only
     return v[:, ::stride].clone()  # a view would keep all of v alive
 
 
