@@ -20,7 +20,7 @@ import lic
 from lic.codec import structure
 from lic.codec.bitstream import ImageCoder, load_coder, padded, padded_pixels
 from lic.codec.checkpoint import load_checkpoint
-from lic.codec.coder import PRECISION
+from lic.codec.ans import PRECISION
 from lic.codec.strips import WHOLE, coarse_side
 from lic.files import UNREADABLE, LicError, claim_output, read_bytes, write_bytes
 from lic.images import dead_leaves, digest

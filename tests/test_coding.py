@@ -12,7 +12,7 @@ from helpers import ROOT, lively_codec, photo_like
 
 from lic.codec import bitstream, coder
 from lic.codec.bitstream import ImageCoder, load_coder
-from lic.codec.coder import LibraryAns, PlainAns
+from lic.codec.ans import LibraryAns, PlainAns
 from lic.codec.entropy import LOG_SCALE_MIN, LOG_SCALE_STEP
 from lic.codec.header import SIZE, read_header
 from lic.codec.model import Codec

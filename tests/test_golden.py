@@ -18,7 +18,7 @@ from numpy_decoder import Decoder, conv, deconv, gdn, leaky_relu
 from PIL import Image
 
 from lic.__main__ import export
-from lic.codec import coder
+from lic.codec import ans
 from lic.codec.bitstream import ImageCoder, channel_index, padded
 from lic.codec.checkpoint import load_checkpoint, save_checkpoint
 from lic.codec.header import Header, crc_of_symbols, pack_file
@@ -354,8 +354,8 @@ def test_the_worked_example_of_the_format_page(golden):
 
     image_coder, (z, y) = decoder_of(name), (golden[f"{name}.{kind}"] for kind in "zy")
     _, y_index = image_coder.entropy_parameters(z.reshape(-1, 1, 1))
-    z_words, _ = coder.encode(z, channel_index((len(z), 1, 1)), image_coder.tables["z"])
-    y_words, _ = coder.encode(y, y_index, image_coder.tables["y"])
+    z_words, _ = ans.encode(z, channel_index((len(z), 1, 1)), image_coder.tables["z"])
+    y_words, _ = ans.encode(y, y_index, image_coder.tables["y"])
     header = Header(256, 1, 1, image_coder.fingerprint, (len(z_words), len(y_words), 0, 0))
     words = z_words.astype("<u4").tobytes() + y_words.astype("<u4").tobytes()
     assert example == pack_file(header, crc_of_symbols(header, z, y), words)

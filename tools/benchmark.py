@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from lic import SHIPPED, load
-from lic.codec import coder, fast
+from lic.codec import ans, fast
 from lic.codec.bitstream import ImageCoder
 from lic.codec.eight_bits import eight_bit_inputs
 from lic.codec.entropy import LOG_SCALE_MIN, LOG_SCALE_STEP, SCALE_LEVELS
@@ -130,17 +130,17 @@ def eight_bit_convolutions(model):
 
 
 def entropy():
-    """The coder's part of a 768x512 image: y, with every table in use."""
+    """The entropy coder's part of a 768x512 image: y, with every table in use."""
     tables = build_tables(Codec(preset_config("tiny")))["y"]  # the same for every codec
     rng = np.random.default_rng(0)
     count = 192 * 32 * 48
     index = rng.normal(8, 12, count).clip(0, SCALE_LEVELS - 1).astype(np.uint8)
     scale = np.exp(LOG_SCALE_MIN + LOG_SCALE_STEP * index)
     symbols = np.rint(rng.normal(size=count) * scale).astype(np.int32)
-    words, escapes = coder.encode(symbols, index, tables)
+    words, escapes = ans.encode(symbols, index, tables)
     bits = 32 * len(words) / count
-    encode = median_ms(50, coder.encode, symbols, index, tables)
-    decode = median_ms(50, coder.decode, words, escapes, index, tables)
+    encode = median_ms(50, ans.encode, symbols, index, tables)
+    decode = median_ms(50, ans.decode, words, escapes, index, tables)
     print(f"entropy coding of {count} symbols, {bits:.2f} bits each: "
           f"encode {encode:.1f} ms, decode {decode:.1f} ms")  # fmt: skip
 

@@ -32,7 +32,7 @@ import lic
 from lic.codec import structure
 from lic.codec.bitstream import padded
 from lic.codec.checkpoint import load_checkpoint
-from lic.codec.coder import PRECISION
+from lic.codec.ans import PRECISION
 from lic.codec.eight_bits import WEIGHT, eight_bit_inputs, fake_quantize, input_ranges
 from lic.codec.entropy import LOG_SCALE_MIN, LOG_SCALE_STEP
 from lic.files import LicError, write_bytes

@@ -15,7 +15,7 @@ import math
 import numpy as np
 import torch
 
-from lic.codec import checkpoint, coder, fast, strips, structure
+from lic.codec import ans, checkpoint, fast, strips, structure
 from lic.codec.header import MAX_SYMBOL, SIZE, Header, crc_of_symbols, pack_file, read_header
 from lic.codec.integer import IntegerHyperSynthesis
 from lic.files import MAX_PIXELS, BadStream, LicError
@@ -103,8 +103,8 @@ class ImageCoder:
         y, z: as `latents` gives them for such an image, or others of the same shapes.
         """
         z_symbols, z_index, y_symbols, y_index = self.symbols(y, z)
-        z_words, z_escapes = coder.encode(z_symbols, z_index, self.tables["z"])
-        y_words, y_escapes = coder.encode(y_symbols, y_index, self.tables["y"])
+        z_words, z_escapes = ans.encode(z_symbols, z_index, self.tables["z"])
+        y_words, y_escapes = ans.encode(y_symbols, y_index, self.tables["y"])
 
         words = [part.astype("<u4").tobytes() for part in (z_words, y_words)]
         escapes = [part.astype("<i4").tobytes() for part in (z_escapes, y_escapes)]
@@ -130,9 +130,9 @@ class ImageCoder:
         self._check(header, max_pixels)
         z_words, y_words, z_escapes, y_escapes = split_payload(data, header.lengths)
         z_shape = self.model.config["widths"]["z"], *coarsest_size(header.height, header.width)
-        z_symbols = coder.decode(z_words, z_escapes, channel_index(z_shape), self.tables["z"])
+        z_symbols = ans.decode(z_words, z_escapes, channel_index(z_shape), self.tables["z"])
         mean, y_index = self.entropy_parameters(z_symbols.reshape(z_shape))
-        y_symbols = coder.decode(y_words, y_escapes, y_index, self.tables["y"])
+        y_symbols = ans.decode(y_words, y_escapes, y_index, self.tables["y"])
         if crc_of_symbols(header, z_symbols, y_symbols) != symbols_crc:
             raise BadStream(
                 "the decoded symbols are not the encoder's: the file was forged, "

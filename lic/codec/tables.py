@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from lic.codec.coder import PRECISION
+from lic.codec.ans import PRECISION
 from lic.codec.entropy import LOG_SCALE_MIN, LOG_SCALE_STEP, SCALE_LEVELS
 
 TAIL = 2.0**-20  # mass that a distribution may have on either side of its table, before MARGIN

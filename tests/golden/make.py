@@ -25,7 +25,7 @@ FOLDER = Path(__file__).parent
 sys.path[:0] = [str(FOLDER), str(FOLDER.parent.parent), str(FOLDER.parent.parent / "ports")]
 
 from lic.__main__ import export  # noqa: E402
-from lic.codec import coder  # noqa: E402
+from lic.codec import ans  # noqa: E402
 from lic.codec.bitstream import ImageCoder, channel_index, load_coder, padded  # noqa: E402
 from lic.codec.checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
 from lic.codec.eight_bits import quantize_layers  # noqa: E402
@@ -119,20 +119,20 @@ def images():
 
 
 class Recorder:
-    """Keeps what passes through coder.decode: the symbols as a decoder sees them."""
+    """Keeps what passes through ans.decode: the symbols as a decoder sees them."""
 
     def __enter__(self):
-        self.decode, self.symbols = coder.decode, []
+        self.decode, self.symbols = ans.decode, []
 
         def decode(*arguments):
             self.symbols.append(self.decode(*arguments))
             return self.symbols[-1]
 
-        coder.decode = decode
+        ans.decode = decode
         return self.symbols
 
     def __exit__(self, *_):
-        coder.decode = self.decode
+        ans.decode = self.decode
 
 
 def make_files():
@@ -288,8 +288,8 @@ def forge(name, arrays, mistakes):
     _, index = MistakenDecoder(arrays).h_s(z)
     z_symbols = z.astype(np.int32).ravel()
     y_symbols = rng.integers(-2, 3, index.size).astype(np.int32)
-    z_words, _ = coder.encode(z_symbols, channel_index(z.shape), tables["z"])
-    y_words, _ = coder.encode(y_symbols, index.astype(np.uint8).ravel(), tables["y"])
+    z_words, _ = ans.encode(z_symbols, channel_index(z.shape), tables["z"])
+    y_words, _ = ans.encode(y_symbols, index.astype(np.uint8).ravel(), tables["y"])
     height, width = 64 * z.shape[1] - 1, 64 * z.shape[2] - 1
     fingerprint = bytes.fromhex(json.loads(str(arrays["about"]))["fingerprint"])[:8]
     header = Header(256, height, width, fingerprint, (len(z_words), len(y_words), 0, 0))
