@@ -205,25 +205,33 @@ def table(walk, pyplot):
 
 @torch.inference_mode()
 def units(walk, pyplot, count=8, side=3):
-    """What one latent alone adds to a grey picture, of the loudest channels; below, a DCT's."""
+    """What one latent of each of the loudest channels adds to a grey picture; below, of a DCT."""
     model = walk.coder.model
     _, inverse_gain = model.gains(torch.tensor([walk.level]))
     nothing = torch.zeros(1, walk.y.shape[1], 2 * side + 1, 2 * side + 1)
     background = model.g_s(nothing)
-    figure, rows = pyplot.subplots(2, count, figsize=(11, 3), layout="constrained")
     u = np.arange(16) + 0.5
-    frequencies = [(0, 0), (0, 0), (1, 0), (0, 1), (1, 1), (2, 0), (0, 2), (2, 1)]
-    for axes, channel in zip(rows[0], walk.loudest):
+    waves = {
+        (a, b): np.outer(np.cos(np.pi * a * u / 16), np.cos(np.pi * b * u / 16))
+        for a in range(4)
+        for b in range(4)
+    }
+
+    def likeness(wave, pixels):  # of colours, too: each counts
+        return np.square(np.tensordot(wave / np.linalg.norm(wave), pixels, 2)).sum()
+
+    figure, rows = pyplot.subplots(2, count, figsize=(11, 3), layout="constrained")
+    for (above, below), channel in zip(rows.T, walk.loudest):
         one = nothing.clone()
         one[0, channel, side, side] = walk.symbols[0, channel].abs().max()
         painted = (model.g_s(one * inverse_gain) - background)[0].permute(1, 2, 0)
         painted = painted[16 * side - 24 : 16 * side + 40, 16 * side - 24 : 16 * side + 40]
-        axes.imshow((0.5 + 0.5 * painted / painted.abs().max()).clamp(0, 1))
-        axes.set_title(f"channel {channel}", fontsize=8)
-    for axes, (a, b) in zip(rows[1], frequencies):
-        waves = np.outer(np.cos(np.pi * a * u / 16), np.cos(np.pi * b * u / 16))
-        axes.imshow(np.pad(waves, 24), cmap="gray", vmin=-1, vmax=1)
-        axes.set_title(f"DCT {a}, {b}", fontsize=8)
+        above.imshow((0.5 + 0.5 * painted / painted.abs().max()).clamp(0, 1))
+        above.set_title(f"channel {channel}", fontsize=8)
+        own_pixels = painted[24:40, 24:40].numpy()
+        a, b = max(waves, key=lambda frequency: likeness(waves[frequency], own_pixels))
+        below.imshow(np.pad(waves[a, b], 24), cmap="gray", vmin=-1, vmax=1)
+        below.set_title(f"DCT {a}, {b}", fontsize=8)
     for axes in rows.flatten():
         axes.set(xticks=[], yticks=[])
     save(figure, "units")
@@ -316,7 +324,7 @@ def fold(walk, pyplot, group="g_a.1"):
     panels[0].set(
         xlabel=f"channel of {group} that goes, sorted",
         ylabel="predicted, % of variance",
-        ylim=(90, 100),
+        ylim=(80, 100),
     )
     limit = (truth - truth.mean()).abs().max()
     grey(panels[1], truth - truth.mean(), f"channel {gone[example]}, which goes", limit)
