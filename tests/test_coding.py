@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import ROOT, lively_codec, photo_like
 
-from lic.codec import bitstream, coder
+from lic.codec import ans, bitstream
 from lic.codec.bitstream import ImageCoder, load_coder
 from lic.codec.ans import LibraryAns, PlainAns
 from lic.codec.entropy import LOG_SCALE_MIN, LOG_SCALE_STEP
@@ -64,9 +64,9 @@ GOLDEN_WORDS = ["0x47000000", "0x4"]
 def test_golden_words():
     symbols = np.array([-1, 5, 0, 1, -1, 6, 0, -1], np.int32)
     index = np.array([0, 1, 0, 0, 0, 1, 0, 0], np.uint8)
-    words, escapes = coder.encode(symbols, index, TOY)
+    words, escapes = ans.encode(symbols, index, TOY)
     assert [hex(w) for w in words] == GOLDEN_WORDS and len(escapes) == 0
-    assert np.array_equal(coder.decode(words, escapes, index, TOY), symbols)
+    assert np.array_equal(ans.decode(words, escapes, index, TOY), symbols)
 
 
 @pytest.mark.parametrize("count", [0, 1, 3, 500])
@@ -134,9 +134,9 @@ def test_damaged_words_are_the_same_garbage_to_both_coders():
 def test_far_outliers_are_escaped_not_clipped():
     symbols = np.array([-(2**30), 0, 2**30, 7, -1, 1, 4, 5], np.int32)
     index = np.array([0, 0, 0, 1, 0, 0, 1, 1], np.uint8)
-    words, escapes = coder.encode(symbols, index, TOY)
+    words, escapes = ans.encode(symbols, index, TOY)
     assert escapes.tolist() == [-(2**30), 2**30, 7, 4]
-    assert np.array_equal(coder.decode(words, escapes, index, TOY), symbols)
+    assert np.array_equal(ans.decode(words, escapes, index, TOY), symbols)
 
 
 def test_coded_size_is_within_one_percent_of_ideal(image_coder):
@@ -144,7 +144,7 @@ def test_coded_size_is_within_one_percent_of_ideal(image_coder):
     index = rng.integers(0, 40, 100_000).astype(np.uint8)
     scale = np.exp(LOG_SCALE_MIN + LOG_SCALE_STEP * index)
     symbols = np.rint(rng.normal(size=100_000) * scale).astype(np.int32)
-    words, escapes = coder.encode(symbols, index, image_coder.tables["y"])
+    words, escapes = ans.encode(symbols, index, image_coder.tables["y"])
     y = torch.from_numpy(symbols).double()
     ideal = (
         image_coder.model.prior_y.bits(y, torch.zeros_like(y), torch.from_numpy(np.log(scale)))
