@@ -6,8 +6,9 @@ Weights: int8 in [-127, 127], one scale an output channel, that of its largest w
 convolution's weight, axis 1 of a transposed one's). Activations: one scale a tensor; which input
 has how many bits is said in `input_ranges`: 8, in h_s 16. On disk weights are int8 tensors
 (`pack`), in memory floats on the int8 grid, so that training and inference are the same code. Only
-of h_s, which decides how a file is read, do the integers belong to the format: integer.py. How the scales and
-the integers are found is not a decoder's business: shrink/quantization.py, shrink/rounding.py.
+of h_s, which decides how a file is read, do the integers belong to the format: integer.py. How the
+scales and the integers are found is not a decoder's business: shrink/quantization.py,
+shrink/rounding.py.
 
 What stays float, and why:
     GDN      its sums of squares span too many octaves for 8 bits; a few % of the parameters
