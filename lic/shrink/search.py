@@ -123,8 +123,9 @@ def greedy_search(table, share, target):
 
 
 def uniform_widths(full, share, target):
-    """Ratio, widths and sparsity of the plan that narrows every group by the same ratio.
+    """Ratio, widths and sparsity of the plan that narrows every group of `full` by the same ratio.
 
+    full: {group: width before}, of the groups that may be narrowed.
     Groups round at staggered points, interleaved over the four networks: if all rounded to the
     nearest multiple, equally wide groups would jump together and the plans would leave gaps of a
     tenth in S.
@@ -162,6 +163,7 @@ def evolve(rise, shares, start, full, tries, rng, report=print):
     multiples, then narrows groups until as much is removed as by `start`, and widens them while it
     still is; a plan that was there before is not measured again. `shares` takes a plan and gives an
     array of what it removes, say of parameters and of multiply-accumulates: none may be less.
+    full: {group: width before}, of the groups that may be narrowed.
 
     After Real et al., "Regularized evolution for image classifier architecture search",
     arXiv:1802.01548, but with crossover, and the best are kept, none dies of age.
