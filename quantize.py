@@ -44,8 +44,8 @@ def parse_args():
                         "another image (default: 512)")
     parser.add_argument("--float-inputs", nargs="*", metavar="LAYER", default=pixel_layers(),
                         choices=eight_bit_inputs(),
-                        help="layers whose input stays float, all of them (default: the one that "
-                        "makes the pixels, g_s.conv4; without a name: none)")
+                        help="layers whose input stays float, in place of the default (default: "
+                        "the one that makes the pixels, g_s.conv4; without a name: none)")
     add_training_arguments(parser, steps=200, lr=1e-4, out="runs/quantized.pt")
     # fmt: on
     return parse_training_args(parser)

@@ -136,6 +136,9 @@ def main():
     start = time.monotonic()
     model, meta = load_checkpoint(args.checkpoint, stages=FLOAT_STAGES)
     config = model.config
+    free = {g: width for g, width in config["widths"].items() if g not in args.untouched}
+    if not free:
+        raise LicError("--untouched names all groups: nothing is left to narrow")
     train, _ = images_for(args, meta)
     x = fixed_crops(train, args.crops, args.crop)  # (crops, 3, crop, crop)
     cutter = Cutter(model, x, args.importance, args.amp, args.device)
@@ -147,10 +150,6 @@ def main():
         print(f"768x512 pixels, encoded once and decoded {args.decodings:g} times, take the codec "
               f"{cost(config['widths']):.0f} ms, entropy coding left out")  # fmt: skip
 
-    free = {g: width for g, width in config["widths"].items() if g not in args.untouched}
-    if not free:
-        raise LicError("--untouched names all groups: nothing is left to narrow")
-
     def removed(widths):  # by a plan of the free groups
         return search.sparsity(config, config["widths"] | widths, cost)
 
@@ -158,8 +157,8 @@ def main():
         return removed(widths)[args.of]
 
     def shares(widths):  # those that evolution must not lessen
-        counted = ("params", "macs") if args.of == "both" else (args.of,)
-        return np.array([removed(widths)[what] for what in counted])
+        S = removed(widths)
+        return np.array([S["params"], S["macs"]] if args.of == "both" else [S[args.of]])
 
     table, alpha, ratio = None, None, None
     if args.method == "uniform":  # the control

@@ -18,9 +18,9 @@ from PIL import Image, features
 
 import lic
 from lic.codec import structure
+from lic.codec.ans import PRECISION
 from lic.codec.bitstream import ImageCoder, load_coder, padded, padded_pixels
 from lic.codec.checkpoint import load_checkpoint
-from lic.codec.ans import PRECISION
 from lic.codec.strips import WHOLE, coarse_side
 from lic.files import UNREADABLE, LicError, claim_output, read_bytes, write_bytes
 from lic.images import dead_leaves, digest

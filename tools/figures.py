@@ -30,9 +30,9 @@ from effort import STEPS, Search, straight_through
 
 import lic
 from lic.codec import structure
+from lic.codec.ans import PRECISION
 from lic.codec.bitstream import padded
 from lic.codec.checkpoint import load_checkpoint
-from lic.codec.ans import PRECISION
 from lic.codec.eight_bits import WEIGHT, eight_bit_inputs, fake_quantize, input_ranges
 from lic.codec.entropy import LOG_SCALE_MIN, LOG_SCALE_STEP
 from lic.files import LicError, write_bytes
@@ -205,7 +205,7 @@ def table(walk, pyplot):
 
 @torch.inference_mode()
 def units(walk, pyplot, count=8, side=3):
-    """What one latent of each of the loudest channels adds to a grey picture; below, of a DCT."""
+    """What one latent of each of the loudest channels paints; below, the likest DCT pattern."""
     model = walk.coder.model
     _, inverse_gain = model.gains(torch.tensor([walk.level]))
     nothing = torch.zeros(1, walk.y.shape[1], 2 * side + 1, 2 * side + 1)
