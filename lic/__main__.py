@@ -114,7 +114,7 @@ def info(args):
 def checkpoint_info(path):
     from lic.codec import checkpoint, structure
 
-    _, meta = checkpoint.load_checkpoint(path)
+    model, meta = checkpoint.load_checkpoint(path)
     config = meta["config"]
     macs = structure.kmac_per_pixel(config)
     print(f"{path}: stage {meta['stage']}, {meta['bytes']:,} bytes, model {meta['fingerprint']}")
@@ -124,12 +124,39 @@ def checkpoint_info(path):
         f"parameters: {structure.parameters(config):,}; kMAC/pixel: "
         f"{macs['encoder']:.2f} to encode, {macs['decoder']:.2f} to decode"
     )
-    print(structure.table_of_groups(config["widths"]))
+    print(f"\n{structure.table_of_groups(config['widths'])}")
+    print(f"\n{table_of_layers(model)}\n")
     for entry in meta["lineage"]:
         arguments = " ".join(f"{key}={value}" for key, value in entry["arguments"].items())
         print(f"{entry['stage']}: {entry['steps']} steps, data {entry['data']}, {arguments}")
     for name, value in meta["metrics"].items():
         print(f"{name}: {json.dumps(value)}")
+
+
+def table_of_layers(model):
+    """What each layer computes, and in how many bits its input comes, as text."""
+    from lic.codec import eight_bits, structure
+
+    reads = {layer.name: layer.reads for layer in structure.LAYERS}
+    kmac = structure.kmac_of_layers(model.config["widths"])
+    total, in_8_bits = sum(kmac.values()), 0
+    lines = ["layer      channels    kernel  kMAC/pixel  share   input"]
+    for name, c_in, c_out, kernel, _ in structure.layer_sizes(model.config["widths"]):
+        limits = getattr(model.get_submodule(name), "input_range", None)
+        if limits:
+            bits = "16 bits" if limits == eight_bits.WIDE else "8 bits"
+        else:
+            bits = {structure.IMAGE: "pixels", "z": "integers"}.get(reads.get(name), "float")
+        if bits == "8 bits":
+            in_8_bits += kmac[name]
+        channels, share = f"{c_in} -> {c_out}", kmac[name] / total
+        lines.append(
+            f"{name:10} {channels:11} {kernel}x{kernel} {kmac[name]:13.2f} {share:6.1%}   {bits}"
+        )
+    if in_8_bits:
+        share = in_8_bits / total
+        lines.append(f"{share:.0%} of the multiply-accumulates have weights and inputs of 8 bits")
+    return "\n".join(lines)
 
 
 def compare(args):

@@ -263,6 +263,19 @@ def test_info_of_a_checkpoint_says_what_it_is():
     )
     assert text.count(" steps, data ") == len(meta["lineage"]) and "held_out_J" in text
 
+    rows = re.findall(r"^([gh]_[as]\.\w+) .* (\d+\.\d\d) +[\d.]+%   (.*)$", text, re.M)
+    assert [name for name, _, _ in rows] == [
+        name for name, *_ in structure.layer_sizes(model.config["widths"])
+    ]
+    kmac = {name: float(value) for name, value, _ in rows}
+    total = structure.kmac_per_pixel(model.config)["total"]
+    assert sum(kmac.values()) == pytest.approx(total, abs=0.005 * len(rows))
+    in_8_bits = [name for name, _, bits in rows if bits == "8 bits"]
+    stays_float = model.quantization["float_inputs"]
+    assert sorted(in_8_bits + stays_float) == sorted(eight_bit_inputs())
+    share = sum(kmac[name] for name in in_8_bits) / total
+    assert f"\n{share:.0%} of the multiply-accumulates" in text
+
 
 def test_the_lines_of_the_readme_work_from_another_folder(tmp_path, monkeypatch):
     blocks = re.findall(

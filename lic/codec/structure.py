@@ -196,6 +196,14 @@ def layer_sizes(widths):
     return rows
 
 
+def kmac_of_layers(widths):
+    """{name: thousand multiply-accumulates a pixel of the image} of each layer with weights."""
+    return {
+        name: kernel**2 * c_in * c_out * evaluated / 1000
+        for name, c_in, c_out, kernel, evaluated in layer_sizes(widths)
+    }
+
+
 def parameters(config):
     """Trained numbers of a codec: weights and biases, the density of z, the gains."""
     widths, levels = config["widths"], len(config["lambdas"])
@@ -209,9 +217,9 @@ def kmac_per_pixel(config):
     The encoder runs g_a, h_a and h_s, the decoder h_s and g_s; total counts h_s once.
     """
     spent = {"g_a": 0.0, "g_s": 0.0, "h_a": 0.0, "h_s": 0.0}
-    for name, c_in, c_out, kernel, evaluated in layer_sizes(config["widths"]):
+    for name, kmac in kmac_of_layers(config["widths"]).items():
         network = name.split(".")[0]
-        spent[network] += kernel**2 * c_in * c_out * evaluated / 1000
+        spent[network] += kmac
     return {
         "encoder": spent["g_a"] + spent["h_a"] + spent["h_s"],
         "decoder": spent["h_s"] + spent["g_s"],
