@@ -60,7 +60,7 @@ def parse_args():
     for command in (compressing, comparing):
         command.add_argument("--effort", type=whole_number, default=0,
                              help="steps of a search for a better file, 60 or 200, say; one takes "
-                             "a second or two a megapixel (default: 0, no search)")
+                             "half a second to two a megapixel (default: 0, no search)")
     comparing.add_argument("--crop", type=positive_whole_number, default=256,
                            help="side of the crop, pixels (default: 256)")
     comparing.add_argument("--at", type=whole_number, nargs=2, metavar=("X", "Y"),
