@@ -6,8 +6,9 @@
 For each checkpoint, level and image: the file is written, read back and decoded; bpp is 8 * bytes /
 pixels, quality is that of the decoded 8-bit image. Every figure is the mean over the images;
 MS-SSIM in dB is -10 log10(1 - that mean).
-BD-rate: of each checkpoint against every other curve, by PSNR and by MS-SSIM in dB; negative is
-better. The logarithm of the mean rate is interpolated over the mean quality by PCHIP.
+BD-rate: of each checkpoint against every other curve, by PSNR and by MS-SSIM in dB, against the
+published ones by PSNR; negative is better. The logarithm of the mean rate is interpolated over the
+mean quality by PCHIP.
 """
 
 import lic.interrupt  # first: from here on Ctrl-C ends with one line
@@ -36,10 +37,9 @@ from lic.metrics import bd_rate, shared_range
 from lic.options import make_parser, positive_whole_number, whole_number
 from lic.photographs import LARGEST
 from lic.plots import import_pyplot, plot_rate_distortion
-from lic.program import processor, run
-from lic.train.processes import choose_gpu
+from lic.program import choose_gpu, processor, run
 
-STAGES = ["runs/dense.pt", "runs/pruned.pt", "runs/quantized.pt"]
+CHAIN = ["runs/dense.pt", "runs/pruned.pt", "runs/quantized.pt"]
 DRAWN = ["webp", "avif", "compressai mbt2018-mean (published)"]  # beside the checkpoints
 
 
@@ -47,8 +47,8 @@ def parse_args():
     # fmt: off
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add("checkpoints", nargs="*", default=STAGES,
-        help=f"the first is the anchor of the BD-rates in --json (default: {' '.join(STAGES)})")
+    add("checkpoints", nargs="*", default=CHAIN,
+        help=f"the first is the anchor of the BD-rates in --json (default: {' '.join(CHAIN)})")
     add("--data", help="folder of images, searched recursively (default: 4 synthetic images)")
     add("--held-out", action="store_true",
         help="only the images that training with this folder holds out")
@@ -68,7 +68,8 @@ def parse_args():
     add("--published", help="JSON of published curves to compare with, as "
         "docs/kodak_published.json")
     add("--json", help="write all figures to this file")
-    add("--plot", help="write the rate-distortion plot to this PNG (needs matplotlib)")
+    add("--plot", help="write the rate-distortion plot to this PNG, beside WebP, AVIF and, if "
+        "published, mbt2018-mean (needs matplotlib)")
     add("--overwrite", action="store_true", help="replace what --json and --plot name")
     # fmt: on
     return parser.parse_args()
@@ -246,6 +247,9 @@ def main():
             "pixels": pixels,
             "processor": processor(),
             "threads": threads,
+            "amp": args.amp,
+            "device": args.device,
+            "workers": args.workers,
             "checkpoints": checkpoints,
             "classical": classical,
         }

@@ -20,7 +20,7 @@ from lic.files import LicError
 from lic.images import fixed_crops
 from lic.options import make_parser
 from lic.program import quoted, run
-from lic.shrink.plan import load_plan
+from lic.shrink.plan import cut_fingerprint, load_plan
 from lic.shrink.pruning import best_cut
 from lic.train.loop import fit
 from lic.train.loss import mean_loss
@@ -91,7 +91,8 @@ def main():
         metrics["held_out_J_cut"] = mean_loss(model, held_out).tolist()
         recorded = ("method", "importance", "target", "of", "alpha", "ratio", "widths", "sparsity")
         metrics["plan"] = {key: plan[key] for key in recorded} | {"J_cut": J_cut}
-    steps = fit(model, train, held_out, args, origin=[meta["fingerprint"], plan and plan["keep"]])
+    begun_with = {"checkpoint": meta["fingerprint"], "plan": plan and cut_fingerprint(plan)}
+    steps = fit(model, train, held_out, args, **begun_with)
     if rank() > 0:  # of several processes, which all have the same codec, the first writes it
         return
     metrics["held_out_J"] = mean_loss(model, held_out).tolist()

@@ -64,10 +64,11 @@ def main():
     scales = input_scales(model, calibration)
     quantize_layers(model, scales, float_inputs=args.float_inputs)
     metrics["held_out_J_inputs"] = mean_loss(model, held_out).tolist()
-    steps = fit(model, train, held_out, args, origin=[meta["fingerprint"], args.calibration])
-    metrics["held_out_J_tuned"] = mean_loss(model, held_out).tolist()
+    begun_with = {"checkpoint": meta["fingerprint"], "calibration": args.calibration}
+    steps = fit(model, train, held_out, args, **begun_with)
     if rank() > 0:  # of several processes, which all have the same codec, the first writes it
         return
+    metrics["held_out_J_tuned"] = mean_loss(model, held_out).tolist()
     round_weights(model, patch_moments(model, calibration))
     metrics["held_out_J"] = mean_loss(model, held_out).tolist()
     freeze_h_s(model)

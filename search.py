@@ -28,14 +28,13 @@ from lic.options import (
     positive_whole_number,
     whole_number,
 )
-from lic.program import quoted, run, warn_of_slow_bf16
+from lic.program import choose_gpu, quoted, run, warn_of_slow_bf16
 from lic.shrink import search
 from lic.shrink.plan import load_plan, save_plan
 from lic.shrink.pruning import importance, most_important, narrow
 from lic.shrink.statistics import observe
 from lic.shrink.timing import milliseconds, time_layers
 from lic.train.loss import mean_loss
-from lic.train.processes import choose_gpu
 from lic.train.stage import (
     add_image_arguments,
     check_image_arguments,
@@ -84,14 +83,18 @@ def parse_args():
     return parser.parse_args()
 
 
-def earlier_sensitivities(path, fingerprint, measure):
-    """Those of a plan for the same checkpoint and with the same measure of importance."""
-    plan = load_plan(path, fingerprint)
-    if not plan["sensitivity"] or plan["importance"] != measure:
-        raise LicError(
-            f"{path} holds no sensitivities with --importance {measure}; "
-            "leave out --sensitivities to measure them"
-        )
+def earlier_sensitivities(args, fingerprint):
+    """Those of a plan for the same checkpoint, measured as they would be now."""
+    plan = load_plan(args.sensitivities, fingerprint)
+    if not plan["sensitivity"]:
+        raise LicError(f"{args.sensitivities} holds no sensitivities; leave out --sensitivities")
+    for option in ("importance", "crops", "crop"):
+        then, now = plan[option], vars(args)[option]
+        if then != now:
+            raise LicError(
+                f"{args.sensitivities} was measured with --{option} {then}, not {now}; give the "
+                "same, or leave out --sensitivities"
+            )
     table = {}
     for group, row in plan["sensitivity"].items():
         table[group] = {int(width): zeta for width, zeta in row.items()}
@@ -167,7 +170,7 @@ def main():
     else:
         # the sensitivity of J to each group, to the untouched, too: a plan holds all
         if args.sensitivities:
-            table = earlier_sensitivities(args.sensitivities, meta["fingerprint"], args.importance)
+            table = earlier_sensitivities(args, meta["fingerprint"])
         else:
             print("rise of J when one group alone keeps so many channels, mean over the levels")
             table = search.sensitivities(config, cutter.rise)
@@ -228,7 +231,7 @@ def main():
     if missed:
         advice = "change --target or --delta"
         if table:
-            advice += f"; --sensitivities {out} saves measuring again"
+            advice += f"; --sensitivities {quoted(out)} saves measuring again"
         raise LicError(
             f"no plan removes {args.target:.1%} of {args.of} within {args.delta:.1%}; "
             f"the nearest removes {S:.1%}: {advice}"

@@ -73,15 +73,16 @@ def main():
         f"{args.checkpoint or args.plan or args.preset}: {parameters(model.config):,} parameters, "
         f"{args.steps} steps of {args.batch} crops of {args.crop}x{args.crop}"
     )
-    steps = fit(model, train, held_out, args, origin=parent and parent["fingerprint"])
+    steps = fit(model, train, held_out, args, checkpoint=parent and parent["fingerprint"])
     if rank() > 0:  # of several processes, which all have the same codec, the first writes it
         return
 
     metrics = {"held_out_J": mean_loss(model, held_out).tolist()}
     print("held_out_J", *(f"{v:.4f}" for v in metrics["held_out_J"]))
     save_checkpoint(args.out, model, build_tables(model), stage, vars(args), steps, parent, metrics)
-    following = f"search.py --checkpoint {quoted(args.out)}{data_option(args)}"
-    print(f"wrote {args.out}; next: python {following}")
+    following = "quantize.py" if stage == "prune" else "search.py"
+    files = f"--checkpoint {quoted(args.out)}{data_option(args)}"
+    print(f"wrote {args.out}; next: python {following} {files}")
 
 
 if __name__ == "__main__":

@@ -52,7 +52,10 @@ def claim_output(path, suffix, overwrite=False, inputs=()):
         raise LicError(f"{path}: this command writes {suffix[1:]} files; end the name in {suffix}")
     target = Path(os.path.realpath(path))
     for name in map(os.path.realpath, inputs):
-        if str(target) == name or (os.path.isdir(name) and Path(name) in target.parents):
+        same = str(target) == name
+        if os.path.exists(target) and os.path.exists(name):  # photo.png and Photo.png on a Mac
+            same = same or os.path.samefile(target, name)
+        if same or (os.path.isdir(name) and Path(name) in target.parents):
             raise LicError(f"{path} is what this command reads; choose another output")
     try:
         if target.exists():

@@ -153,9 +153,9 @@ def find_images(folder):
     left out is counted in a printed line.
     """
     if not str(folder):
-        raise LicError("--data is empty; give a folder of images")
+        raise LicError("the name of the folder is empty; give a folder of images")
     if not os.path.isdir(folder):
-        raise LicError(f"{folder} is not a folder; --data takes a folder of images")
+        raise LicError(f"{folder} is not a folder; give a folder of images")
     paths, left_out, visited = [], {}, set()
 
     def leave_out(what):

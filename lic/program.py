@@ -69,6 +69,20 @@ def warn_of_slow_bf16():
         )
 
 
+def choose_gpu():
+    """Let "cuda" be this process's own GPU, by torchrun's LOCAL_RANK; LicError if there is none."""
+    import torch
+
+    number, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if gpus == 0:
+        raise LicError("--device cuda: this torch sees no GPU; give --device cpu")
+    if number >= gpus:
+        raise LicError(
+            f"--device cuda: there are {gpus} GPUs; start as many processes on a machine"
+        )
+    torch.cuda.set_device(number)
+
+
 def run(main):
     """Call main(); a LicError is printed as a sentence, and its status is the exit status."""
     keep_freed_memory()
@@ -102,7 +116,10 @@ def enough_memory(what):
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        lacking = any(words in str(error) for words in ("allocate memory", "out of memory"))
+        lacking = any(
+            words in str(error)
+            for words in ("allocate memory", "out of memory", "not enough memory")
+        )
         if isinstance(error, RuntimeError) and not lacking:
             raise
         raise LicError(

@@ -188,7 +188,7 @@ def test_hidden_folders_are_left_out_links_followed_once_and_the_rest_counted(tm
     found = find_images(tmp_path)
     assert [path.name for path in found] == ["1.png", "3.png"]
     assert f"left out below {tmp_path}: 1 .heic" in capsys.readouterr().out
-    with pytest.raises(LicError, match="--data is empty"):
+    with pytest.raises(LicError, match="folder is empty"):
         find_images("")
     with pytest.raises(LicError, match="is not a folder"):
         find_images("x" * 300)
@@ -593,7 +593,8 @@ def test_to_finish_a_run_the_photographs_do_not_matter(tmp_path, photos, monkeyp
     out, folder = tmp_path / "a.pt", shutil.copytree(photos, tmp_path / "photos")
     whole = stopped_run(out, folder, monkeypatch)
     Image.fromarray(dead_leaves(50, 64)).save(folder / "another.png")
-    resume = ["train.py", "--resume", "--out", out]
+    folder = folder.rename(tmp_path / "elsewhere")  # others, and under another name
+    resume = ["train.py", "--resume", "--out", out, "--data", folder]
     assert run_script(monkeypatch, *resume) == 2
     assert run_script(monkeypatch, *resume, "--finish") == 0
     assert load_checkpoint(out)[1]["fingerprint"] == whole
@@ -609,8 +610,11 @@ def test_quantizing_is_finished_with_the_photographs_that_it_began_with(
     assert run_script(monkeypatch, *quantize) == 0
     out.unlink()
     Image.fromarray(dead_leaves(50, 64)).save(folder / "another.png")
-    assert run_script(monkeypatch, "quantize.py", "--resume", "--finish", "--out", out) == 2
+    resume = ["quantize.py", "--resume", "--out", out]
+    assert run_script(monkeypatch, *resume, "--finish") == 2
     assert "resume with the same photographs" in capsys.readouterr().err
+    assert run_script(monkeypatch, *resume, "--calibration", 3) == 2
+    assert "calibration was 2, is 3" in capsys.readouterr().err
 
 
 def test_a_folder_of_the_same_photographs_may_have_another_name(tmp_path, photos, monkeypatch):
@@ -668,6 +672,15 @@ def test_inputs_of_evaluate_are_not_replaced(tmp_path, photos, monkeypatch, caps
     ):
         assert run_script(monkeypatch, *evaluate, *more) == 2
         assert "is what this command reads" in capsys.readouterr().err
+
+
+def test_another_name_of_an_input_is_not_written(photos):
+    """As Photo.png is of photo.png on a disk that does not tell them apart."""
+    image, other = photos / "0.png", photos / "other.png"
+    os.link(image, other)
+    with pytest.raises(LicError, match="is what this command reads"):
+        claim_output(other, ".png", overwrite=True, inputs=[image])
+    other.unlink()
 
 
 HUGE_RATE = '{"curves": {"a": {"bpp": [1%s], "psnr": [30]}}}' % ("0" * 400)

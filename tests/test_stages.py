@@ -411,7 +411,7 @@ def test_evolution_starts_from_the_greedy_plan_of_given_sensitivities(
         == 2
     )
     assert (
-        "no sensitivities with --importance l1" in capsys.readouterr().err
+        "measured with --importance residual, not l1" in capsys.readouterr().err
         and not (pipeline / "no.json").exists()
     )
 

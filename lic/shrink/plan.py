@@ -12,6 +12,7 @@
 Whoever reads one checks it first: `load_plan`.
 """
 
+import hashlib
 import json
 import math
 
@@ -58,6 +59,11 @@ def is_plan(plan):
     if type(crops) is not int or type(crop) is not int or crops < 1 or crop < 1:
         return False
     return crop % structure.total_stride() == 0 and plan.keys() >= set(KEYS)
+
+
+def cut_fingerprint(plan):
+    """A short string that two plans share if, and only if, they keep the same channels."""
+    return hashlib.sha256(json.dumps(plan["keep"], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def load_plan(path, baseline=None, widths=None):

@@ -15,13 +15,12 @@ import torch
 
 from lic.files import LicError
 from lic.images import in_unit_range
-from lic.program import STOP_SIGNALS, warn_of_slow_bf16
+from lic.program import STOP_SIGNALS, choose_gpu, warn_of_slow_bf16
 from lic.train.batches import batches_of
 from lic.train.loss import level_weights, mean_loss, rate_distortion
 from lic.train.optimizer import Optimizer
 from lic.train.processes import (
     average_gradients,
-    choose_gpu,
     leave_group,
     process_count,
     rank,
@@ -44,24 +43,25 @@ class Interrupted(LicError):
 
 
 def run_settings(model, train, args, origin):
-    """What --resume must find unchanged: plain values."""
+    """What --resume must find unchanged: plain values, each by the name that a refusal gives it."""
     return {
         **{key: vars(args)[key] for key in ("steps", "batch", "crop", "lr", "amp", "seed")},
         "data": args.data and Path(args.data).resolve().name,
         "images": hashlib.sha256(b"".join(train.digests)).hexdigest(),
         "config": model.config,
         "quantization": model.quantization,
-        "origin": origin,
         "recipe": RECIPE,
+        **origin,
     }
 
 
-def fit(model, train, held_out, args, origin=None):
+@told_once()
+def fit(model, train, held_out, args, **origin):
     """Train `model` in place for args.steps steps; args as `add_training_arguments` gives them.
 
     train: Images; held_out: (B, 3, H, W), whose J is printed at each save; origin: what else the
-    weights at step 0 came from, plain values, so that --resume notices another. Saves to OUT.state
-    at intervals, and on Ctrl-C, SIGTERM or SIGHUP before it raises Interrupted.
+    weights at step 0 came from, by name, so that --resume notices another. Saves to OUT.state at
+    intervals, and on Ctrl-C, SIGTERM or SIGHUP before it raises Interrupted.
     Raises LicError within a step of a gradient that is not finite. Returns the number of steps
     done: args.steps, or fewer with --finish.
     Several processes (processes.py) end with the same weights; only the first measures and saves.
@@ -89,7 +89,7 @@ def fit(model, train, held_out, args, origin=None):
     part = (rank(), process_count())
     batches = batches_of(range(first, last), train, len(lambdas), args, part)
     progress, latest = Progress(args.steps, first), None
-    with signals_kept() as received, told_once():
+    with signals_kept() as received:
         for step, (noise, pixels, level) in enumerate(batches, first):
             torch.manual_seed(noise)
             x = in_unit_range(pixels.to(args.device, non_blocking=True))  # (b, 3, crop, crop)

@@ -45,5 +45,8 @@ def image_losses(model, x, amp=False):
 
 
 def mean_loss(model, x, amp=False):
-    """The same, averaged over the images: (levels,)."""
+    """J of every level with real rounding, mean over the images x (B, 3, H, W): (levels,) float64.
+
+    Leaves the model in eval mode.
+    """
     return image_losses(model, x, amp).mean(1)

@@ -7,7 +7,7 @@ and the mean over the processes is the gradient of the whole batch, since the lo
 shares are equally large. So n processes take the steps that one would, but for the order in which
 floats are added, and a run may be resumed on another number of them.
 
-torchrun tells each process its RANK and where to meet. Process 0 alone prints, measures and saves.
+torchrun tells each process its RANK and where to meet. Process 0 alone prints and saves.
 Left out: weights or optimizer states divided among the processes; this codec is small.
 """
 
@@ -67,18 +67,6 @@ def join_group():
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-
-
-def choose_gpu():
-    """Let "cuda" be this process's own GPU; raises LicError if there is none."""
-    number, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-    if gpus == 0:
-        raise LicError("--device cuda: this torch sees no GPU; give --device cpu")
-    if number >= gpus:
-        raise LicError(
-            f"--device cuda: there are {gpus} GPUs; start as many processes on a machine"
-        )
-    torch.cuda.set_device(number)
 
 
 def same_start(model, optimizer, step):
@@ -141,9 +129,12 @@ def nobody_lost():
     """Within it a LicError if another process has ended, which torch notices as it waits for it."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
+        reason = str(error).split("\n")[0]
         raise Lost(
-            "another process has ended or cannot be reached; "
+            f"another process has ended or cannot be reached ({reason}); "
             "go on from the last save, if there is one, with --resume"
         ) from error
 

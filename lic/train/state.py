@@ -69,10 +69,8 @@ def load_state(path, model, optimizer, settings, any_images=False):
     state = read_state(path, f"{path} holds no training state; start without --resume")
     done, made_with = state["step"], state["settings"]
     changed = [key for key in settings if settings[key] != made_with.get(key)]
-    if "images" not in changed:
-        changed = [key for key in changed if key != "data"]
-    elif any_images:
-        changed.remove("images")
+    if any_images or "images" not in changed:
+        changed = [key for key in changed if key not in ("images", "data")]
     if "steps" in changed:
         warmup, decline = milestones(made_with["steps"])
         new_warmup, new_decline = milestones(settings["steps"])
