@@ -18,7 +18,7 @@ HEAT = np.array(  # black, violet, red, yellow, white: as bright as the number i
 def png_bytes(image):
     """A picture as a PNG file."""
     buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, format="PNG", optimize=True)
+    Image.fromarray(image).save(buffer, format="PNG")  # optimize=True: 4 % less in 6 times as long
     return buffer.getvalue()
 
 
