@@ -9,7 +9,7 @@ import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 
 import numpy as np
@@ -102,8 +102,9 @@ def begin_work(path=None, amp=False, device="cpu", effort=0):
     keep_freed_memory()
     torch.set_num_threads(1)
     if path:
-        _coder = load_coder(path, amp, device)
-        warm_up(_coder, dead_leaves(0), effort)
+        with redirect_stderr(io.StringIO()):  # what there is to warn of the first process has told
+            _coder = load_coder(path, amp, device)
+            warm_up(_coder, dead_leaves(0), effort)
 
 
 def warm_up(coder, image, effort=0):
