@@ -127,6 +127,20 @@ class Cutter:
         return (self.loss(widths) / self.J - 1).mean().item()
 
 
+def show(plan, full):
+    """Print what a plan keeps of the widths `full`, what it removes and what that does to J."""
+    print("kept:", "  ".join(f"{g} {w}/{full[g]}" for g, w in plan["widths"].items()))
+    sparsity = plan["sparsity"]
+    print(
+        f"removed: {sparsity['params']:.1%} of the parameters, "
+        f"{sparsity['macs']:.1%} of the multiply-accumulates"
+        + (f", {sparsity['time']:.1%} of the time" if "time" in sparsity else "")
+    )
+    codecs = {"dense": "J", "cut and folded": "J_folded", "cut, not folded": "J_zeros"}
+    for what, key in codecs.items():
+        print(f"J a level, {what:20}", *(f"{v:.4f}" for v in plan[key]))
+
+
 def main():
     args = parse_args()
     check_image_arguments(args)
@@ -216,17 +230,7 @@ def main():
         plan = plan_of(widths, "evolve")
         save_plan(out, plan)
 
-    widths = plan["widths"]
-    print("kept:", "  ".join(f"{g} {w}/{config['widths'][g]}" for g, w in widths.items()))
-    sparsity = plan["sparsity"]
-    print(
-        f"removed: {sparsity['params']:.1%} of the parameters, "
-        f"{sparsity['macs']:.1%} of the multiply-accumulates"
-        + (f", {sparsity['time']:.1%} of the time" if cost else "")
-    )
-    codecs = {"dense": "J", "cut and folded": "J_folded", "cut, not folded": "J_zeros"}
-    for what, key in codecs.items():
-        print(f"J a level, {what:20}", *(f"{v:.4f}" for v in plan[key]))
+    show(plan, config["widths"])
     print(f"wrote {out} after {time.monotonic() - start:.0f} s")
     if missed:
         advice = "change --target or --delta"
