@@ -69,7 +69,7 @@ VARIANTS = {  # name: what is replaced in lic/train/effort.py, or the number of 
     "TAU 0.35": {"TAU": 0.35},
     "TAU 0.7": {"TAU": 0.7},
     "LEARNING_RATE 0.005": {"LEARNING_RATE": 0.005},
-    "LEARNING_RATE 0.02": {"LEARNING_RATE": 0.02},
+    "LEARNING_RATE 0.02": {"LEARNING_RATE": 0.02, "MAX_MOVE": 2.0},
     "10 steps": {"steps": 10},
     "30 steps": {"steps": 30},
     "100 steps": {"steps": 100},
