@@ -118,9 +118,10 @@ class Search:
         noise = torch.Generator().manual_seed(0)
         report = self.note if trace else lambda v, **figures: None
         with torch.autocast("cpu", torch.bfloat16, enabled=self.amp):
+            part = effort.Part(self.x, self.v, self.mean, self.log_scale, own)
             self.found = effort.train_latents(
-                self.model, self.x, self.v, self.mean, self.log_scale, own, self.inverse_gain,
-                self.lmbda, steps, noise, report)  # fmt: skip
+                self.model, part, self.inverse_gain, self.lmbda, steps, noise, report
+            )
         if not trace:
             self.note(self.found)
         return self

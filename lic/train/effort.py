@@ -20,6 +20,7 @@ docs/effort.md.
 
 import copy
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -92,11 +93,9 @@ def search(coder, image, y, z, level, lmbda, steps, verbose=False):
         seen = tile.wider(2 * reach("g_s"), *v.shape[2:])
         x = to_tensor([seen.pixels_of(image, coarse_side("g_s"))])  # without what was padded
         own = tile.inside(seen)
+        part = Part(x, seen.of(v), seen.of(mean), seen.of(log_scale), own.mask_of(seen.of(v)))
         with torch.autocast("cpu", torch.bfloat16, enabled=coder.amp):
-            found = train_latents(
-                model, x, seen.of(v), seen.of(mean), seen.of(log_scale), own.mask_of(seen.of(v)),
-                inverse_gain=inverse_gain, lmbda=lmbda, steps=steps, noise=noise, report=report,
-            )  # fmt: skip
+            found = train_latents(model, part, inverse_gain, lmbda, steps, noise, report)
         tile.of(v)[:] = own.of(found)
     return v + mean
 
@@ -108,13 +107,23 @@ def coded_with(coder, z):
     return mean.float(), LOG_SCALE_MIN + LOG_SCALE_STEP * index
 
 
-def train_latents(model, x, v, mean, log_scale, own, inverse_gain, lmbda, steps, noise, report):
-    """A better v = y - mean for the pixels x, where `own`; elsewhere it stays, rounded.
+class Part(NamedTuple):
+    """What is searched at once: a picture, or a tile of it with what that sees around it."""
 
-    x (1, 3, H, W); v, mean, log_scale (1, M, h, w), h, w at least H/16, W/16; own (h, w) bool.
-    report is called after each step, with v, which tools/effort.py looks at, and with J, bpp_y and
-    PSNR of what was tried.
+    x: torch.Tensor  # pixels, (1, 3, H, W)
+    v: torch.Tensor  # y - mean, (1, M, h, w), h and w at least H/16 and W/16; so are the next two
+    mean: torch.Tensor
+    log_scale: torch.Tensor
+    own: torch.Tensor  # where v is searched, (h, w) bool; elsewhere it stays, rounded
+
+
+def train_latents(model, part, inverse_gain, lmbda, steps, noise, report):
+    """A better v for a Part, (1, M, h, w), after so many steps.
+
+    noise: a torch.Generator. report is called after each step, with v, which tools/effort.py looks
+    at, and with J, bpp_y and PSNR of what was tried.
     """
+    x, v, mean, log_scale, own = part
     v = v.clone().requires_grad_()
     adam = torch.optim.Adam([v], lr=min(LEARNING_RATE, MAX_MOVE / steps))
     for step in range(steps):
