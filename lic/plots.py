@@ -22,11 +22,13 @@ def import_pyplot():
     return pyplot
 
 
-def write_figure(figure, path):
-    """A figure of matplotlib as a PNG of 256 colours: a third of the bytes."""
+def write_figure(figure, path, all_colours=False):
+    """A figure of matplotlib as a PNG; of 256 colours, a third of the bytes, where these suffice."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=90, bbox_inches="tight")
-    picture = Image.open(buffer).convert("RGB").quantize(256)
+    picture = Image.open(buffer).convert("RGB")
+    if not all_colours:
+        picture = picture.quantize(256)
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG", optimize=True)
     write_bytes(path, buffer.getvalue())

@@ -46,6 +46,7 @@ from lic.program import run
 from lic.shrink import search
 from lic.shrink.pruning import most_important, residual
 from lic.shrink.quantization import equalize, input_scales, largest_scale
+from lic.shrink.rounding import PATCHES
 from lic.shrink.statistics import best_prediction, layer_inputs, observe
 from lic.train import effort
 from lic.train.loss import mean_loss
@@ -84,8 +85,8 @@ def crops_of(image, side=128):
     return squares.permute(0, 2, 3, 1, 4, 5).reshape(-1, 3, side, side)
 
 
-def save(figure, name):
-    write_figure(figure, FOLDER / f"{name}.png")
+def save(figure, name, all_colours=False):
+    write_figure(figure, FOLDER / f"{name}.png", all_colours)
 
 
 def grey(axes, values, title, limit=None):
@@ -139,9 +140,9 @@ def hyperprior(walk, pyplot):
     y_bits, _ = coded_bits(walk.coder, walk.y, walk.z)
     figure, panels = pyplot.subplots(1, 5, figsize=(13, 2.2), layout="constrained")
     limit = y.abs().max()
-    grey(panels[0], y, f"y, channel {channel}", limit)
-    grey(panels[1], mean, "mean", limit)
-    grey(panels[3], (y - mean) / scale, "(y - mean) / scale", 3)
+    grey(panels[0], y, f"y, channel {channel}: up to {limit:.0f}", limit)
+    grey(panels[1], mean, "mean, drawn alike", limit)
+    grey(panels[3], (y - mean) / scale, "(y - mean) / scale, black -3, white 3", 3)
     white = np.quantile(y_bits[channel], 0.99)
     for panel, values, limit, title in (
         (panels[2], scale, scale.max(), f"scale: {scale.min():.2f} to {scale.max():.1f}"),
@@ -163,9 +164,8 @@ def bits(walk, pyplot):
     y_bits, z_bits = coded_bits(walk.coder, walk.y, walk.z)
     height, width = walk.image.shape[:2]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
-    coloured = heat(enlarged(blocks, side)[:height, :width], blocks.max())
-    left.imshow((walk.image * 0.35 + coloured * 0.65).astype(np.uint8))
-    left.set_title(f"{len(walk.data):,} bytes; brightest block {blocks.max():.0f} bits", fontsize=8)
+    left.imshow(heat(enlarged(blocks, side)[:height, :width], blocks.max()))
+    left.set_title(f"bits a block: black 0, white {blocks.max():.0f}", fontsize=8)
     left.set(xticks=[], yticks=[])
     of_channels = np.sort(y_bits.sum((1, 2)))[::-1] / 8
     right.bar(range(len(of_channels)), of_channels, width=1)
@@ -190,7 +190,7 @@ def table(walk, pyplot):
     support = tables.offsets[t] + np.arange(len(expected))
     figure, axes = pyplot.subplots(figsize=(7, 3.2), layout="constrained")
     axes.bar(values, counts / len(coded), label="symbols of this picture")
-    axes.plot(support, expected, "k.-", linewidth=0.8, label="the table")
+    axes.plot(support, expected, "k.", label="the table")
     reach = np.abs(values).max() + 1
     axes.set(xlim=(-reach, reach), xlabel="y - mean, rounded", ylabel="share")
     axes.legend()
@@ -227,6 +227,7 @@ def units(walk, pyplot, count=8, side=3):
         painted = (model.g_s(one * inverse_gain) - background)[0].permute(1, 2, 0)
         painted = painted[16 * side - 24 : 16 * side + 40, 16 * side - 24 : 16 * side + 40]
         above.imshow((0.5 + 0.5 * painted / painted.abs().max()).clamp(0, 1))
+        above.add_patch(pyplot.Rectangle((23.5, 23.5), 16, 16, fill=False, linewidth=0.5))
         above.set_title(f"channel {channel}", fontsize=8)
         own_pixels = painted[24:40, 24:40].numpy()
         a, b = max(waves, key=lambda frequency: likeness(waves[frequency], own_pixels))
@@ -260,17 +261,21 @@ def sensitivity(walk, pyplot):
     dense = load_checkpoint(CHECKPOINTS / "dense.pt")[0].config["widths"]
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     ends = {}
-    for k, (group, row) in enumerate(plan["sensitivity"].items()):
+    networks = ("g_a", "g_s", "h_a", "h_s")
+    for group, row in plan["sensitivity"].items():
         kept = [100 * int(width) / dense[group] for width in row]
         rises = [100 * zeta for zeta in row.values()]
-        colour = pyplot.colormaps["tab20"](k)
+        colour = f"C{networks.index(structure.groups()[group].made_by.split('.')[0])}"
         axes.plot(kept, rises, ".-", color=colour, linewidth=1)
         ends[group] = (kept[-1], rises[-1], colour)
     alpha = 100 * plan["alpha"]
     axes.axhline(alpha, color="black", linewidth=1)
     axes.text(101, alpha, f"alpha = {alpha:.1f} %", va="bottom", fontsize=8)
     axes.set_yscale("symlog", linthresh=1)
+    ticks = [0, 1, 10, 100]
     axes.set(
+        yticks=ticks,
+        yticklabels=ticks,
         xlim=(102, 8),
         xlabel="channels of the group kept, %: fewer to the right",
         ylabel="rise of J, %, logarithmic above 1",
@@ -340,7 +345,8 @@ def rounding(walk, pyplot, name="g_a.conv2"):
     model, _ = load_checkpoint(CHECKPOINTS / "pruned.pt")
     x = crops_of(walk.image)
     equalize(model, x)
-    codec, better = with_8_bit_weights(model, float_moments(model, x))
+    moments = float_moments(model, x)
+    codec, better = with_8_bit_weights(model, moments)
     layer = model.get_submodule(name)
     weight = structure.weight_rows(layer)[0]
     scale = largest_scale(weight[None], *WEIGHT)[0]
@@ -371,8 +377,11 @@ def rounding(walk, pyplot, name="g_a.conv2"):
     for panel, (label, error) in zip(panels[1:3], errors.items()):
         grey(panel, error, f"error of the output, {label}", limit)
     gains = {layer: 10 * np.log10(factor) for layer, factor in better.items()}
-    few_patches = [layer.startswith("h") for layer in gains]  # for their weights: overfitted
-    colours = ["lightgrey" if few else "C0" for few in few_patches]
+    pixels, most = x[:, 0].numel(), PATCHES * len(x) / 4
+    sizes = structure.layer_sizes(model.config["widths"])
+    patches = {layer: min(positions * pixels, most) for layer, *_, positions in sizes}
+    # fewer patches than weights in a row: the rounding fits this picture and no other
+    colours = ["lightgrey" if patches[layer] < len(moments[layer]) else "C0" for layer in gains]
     panels[3].barh(list(gains)[::-1], list(gains.values())[::-1], color=colours[::-1])
     panels[3].tick_params("y", labelsize=7)
     panels[3].set(xlabel="error by the nearest integers / this, dB")
@@ -460,9 +469,11 @@ def plans(walk, pyplot):
         (panels[0], "parameters", "parameters, millions"),
         (panels[1], "decode_seconds", "milliseconds to decode 768x512"),
     ):
-        for k, plan in enumerate(tuned):
+        methods = ["control", "threshold", "evolved", "uniform"]
+        for plan in tuned:
             value = plan[key] / 1e6 if key == "parameters" else plan[key] * 1e3
-            axes.plot(value, plan["bd_rate_percent"], "o", color=f"C{k}")
+            (method,) = (k for k, name in enumerate(methods) if plan["name"].startswith(name))
+            axes.plot(value, plan["bd_rate_percent"], "o", color=f"C{method}")
             axes.annotate(plan["name"], (value, plan["bd_rate_percent"]), (5, 5),
                           textcoords="offset points", fontsize=8)  # fmt: skip
         axes.axhline(0, color="grey", linewidth=0.5)
@@ -514,7 +525,7 @@ def effort_curves(walk, pyplot):
     figure.colorbar(drawn, ax=panels[2])
     for axes in panels:
         axes.set(xticks=[], yticks=[])
-    save(figure, "effort_bits")
+    save(figure, "effort_bits", all_colours=True)
 
 
 FIGURES = (latents, steps, hyperprior, bits, table, units, error, sensitivity, widths, fold,
