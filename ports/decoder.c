@@ -380,6 +380,8 @@ static int32_t *symbols(const char *kind, const byte *words, size_t word_count, 
     uint64_t *C = memory(total + 1, sizeof *C);  /* of a table: sums of the counts before an entry */
     uint64_t state = 0;
     size_t escapes_used = 0, start = 0;
+    if (word_count && !little(words + 4 * (word_count - 1), 4))
+        fail("the entropy-coded data ends with a word of 0", "");
     for (int twice = 0; twice < 2 && word_count; twice++)
         state = state << 32 | little(words + 4 * --word_count, 4);
     for (size_t t = 0; t < tables; start += (size_t)sizes[t++]) {
@@ -437,8 +439,10 @@ int main(int argc, char **argv) {
     if (json.type[1] != 'U' || json.count != 1 || letters >= sizeof about) fail("damaged: ", "about");
     for (size_t k = 0; k < letters; k++) about[k] = (char)json.data[4 * k];
     quantized = !strstr(about, "\"quantization\": null");
-    if (quantized && !(strstr(about, "\"weight_bits\": 8") && strstr(about, "\"activation_bits\": 8")
-                       && strstr(about, "\"h_s\": \"16-bit integers\"")))
+    const char *known = "\"quantization\": {\"weight_bits\": 8, \"activation_bits\": 8, "
+                        "\"h_s\": \"16-bit integers\"", *more = strstr(about, known);
+    if (more) more += strlen(known);
+    if (quantized && !(more && (*more == '}' || !strncmp(more, ", \"float_inputs\": [", 19))))
         fail("this decoder does not know the quantization of ", argv[1]);
     const char *fingerprint = strstr(about, "\"fingerprint\": \"");
     if (!fingerprint || strlen(fingerprint) < 32) fail("damaged: ", "about");

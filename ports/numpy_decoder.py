@@ -13,7 +13,6 @@ import sys
 import zipfile
 import zlib
 
-import constriction
 import numpy as np
 
 HEADER = struct.Struct("<4sBHII8sIIIIII")
@@ -124,6 +123,8 @@ class Decoder:
 
     def symbols(self, kind, words, escapes, table_index):
         """Entropy decoding: integers in the order of table_index, which names the table of each."""
+        import constriction  # here: the networks need none
+
         counts = self.arrays[f"tables.{kind}.counts"]
         sizes = self.arrays[f"tables.{kind}.sizes"]
         offsets = self.arrays[f"tables.{kind}.offsets"]

@@ -1,3 +1,5 @@
+import signal
+
 import pytest
 from helpers import lively_codec
 from PIL import Image
@@ -5,6 +7,11 @@ from PIL import Image
 from lic.codec.bitstream import ImageCoder
 from lic.codec.tables import build_tables
 from lic.images import dead_leaves
+
+# under nohup, or in the background of a script, they are ignored, and a child inherits that
+signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")

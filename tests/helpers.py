@@ -5,7 +5,13 @@ import runpy
 import sys
 from pathlib import Path
 
+import pytest
 import torch
+
+try:
+    import constriction
+except ImportError:  # no build for this machine
+    constriction = None
 
 from lic.codec.eight_bits import quantize_layers
 from lic.codec.integer import freeze_h_s
@@ -14,6 +20,10 @@ from lic.shrink.quantization import input_scales
 from lic.shrink.rounding import patch_moments, round_weights
 
 ROOT = Path(__file__).parent.parent
+needs_constriction = pytest.mark.skipif(
+    constriction is None,
+    reason="constriction is not installed: it is compared with, or the NumPy decoder needs it",
+)
 # all different, so that a swapped axis cannot fit by chance
 WIDTHS = {
     "g_a.1": 9,

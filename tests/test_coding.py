@@ -8,11 +8,11 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, lively_codec, photo_like
+from helpers import ROOT, lively_codec, needs_constriction, photo_like
 
 from lic.codec import ans, bitstream
-from lic.codec.bitstream import ImageCoder, load_coder
 from lic.codec.ans import LibraryAns, PlainAns
+from lic.codec.bitstream import ImageCoder, load_coder
 from lic.codec.entropy import LOG_SCALE_MIN, LOG_SCALE_STEP
 from lic.codec.header import SIZE, read_header
 from lic.codec.model import Codec
@@ -69,6 +69,7 @@ def test_golden_words():
     assert np.array_equal(ans.decode(words, escapes, index, TOY), symbols)
 
 
+@needs_constriction
 @pytest.mark.parametrize("count", [0, 1, 3, 500])
 def test_plain_and_library_coders_give_the_same_words_and_read_each_others(count):
     rng = np.random.default_rng(count)
@@ -95,7 +96,6 @@ def test_plain_and_library_coders_give_the_same_words_and_read_each_others(count
 
 
 def test_without_constriction_files_are_the_same_and_it_is_said_once(tmp_path):
-    """Damaged words, too: what the plain coder makes of them is what the library does."""
     program = """if True:
         import sys
         sys.modules["constriction"] = None
@@ -121,6 +121,7 @@ def test_without_constriction_files_are_the_same_and_it_is_said_once(tmp_path):
     )
 
 
+@needs_constriction
 def test_damaged_words_are_the_same_garbage_to_both_coders():
     rng = np.random.default_rng(5)
     counts = (rng.multinomial(2**24 - 40, rng.dirichlet(np.ones(40))) + 1).astype(np.int32)

@@ -5,12 +5,16 @@ And every link of the docs leads somewhere.
 
 import json
 import re
+import runpy
+import shlex
+import sys
 from pathlib import Path
 
 import pytest
 from helpers import ROOT, run_script
 
 from lic.codec.checkpoint import load_checkpoint
+from lic.files import LicError
 
 RESULTS = json.loads((ROOT / "docs/results.json").read_text())
 CODECS = {Path(result["path"]).name: result for result in RESULTS["checkpoints"]}
@@ -89,10 +93,52 @@ def test_every_link_leads_somewhere(page):
         assert not anchor or anchor in anchors(target), link
 
 
+def commands():
+    """(page, script, options) of each command in a page that runs a script of this repository."""
+    for page in PAGES:
+        lines = re.findall(r"`([^`]+)`", " ".join(without_code(page).split()))
+        for block in re.findall(r"```.*?```", page.read_text(), flags=re.DOTALL):
+            lines += block.splitlines()
+        for line in lines:
+            for script, options in re.findall(
+                r"python ((?:tools/)?\w+\.py|-m lic)\b([^&`;|]*)", line
+            ):
+                yield page.name, script, options
+
+
+def test_the_scripts_know_the_options_of_every_command(monkeypatch):
+    parsers, wrong, count = {}, [], 0
+    for page, script, options in commands():
+        words = [word for word in shlex.split(options, comments=True) if word != "..."]
+        path = ROOT / ("lic/__main__.py" if script == "-m lic" else script)
+        if path not in parsers:
+            parsers[path] = runpy.run_path(str(path)).get("parse_args")
+        # --resume reads the state of a run; without options a script may be what is talked of
+        if not parsers[path] or not words or {"--resume", "--help"} & set(words):
+            continue
+        monkeypatch.setattr(sys, "argv", [str(path), *words])
+        try:
+            parsers[path]()
+        except LicError as error:
+            if "are required" not in str(error):  # of `python -m lic export` in a sentence, say
+                wrong.append(f"{page}: python {script}{options}: {error}")
+        count += 1
+    assert not wrong, wrong
+    assert count > 100
+
+
+def test_the_ports_are_as_long_as_the_page_says():
+    page = (ROOT / "docs/porting.md").read_text()
+    rows = re.findall(r"`(ports/\w+\.\w+)`: all of it \| (\d+) \|", page)
+    assert len(rows) == 2
+    for name, lines in rows:
+        assert len((ROOT / name).read_text().splitlines()) == int(lines), name
+
+
 def test_every_picture_is_shown_and_all_are_small():
     pictures = [path for path in (ROOT / "docs").rglob("*.png")]
     text = "".join(page.read_text() for page in PAGES)
-    assert all(path.name in text for path in pictures)
+    assert all(f"/{path.name}" in text for path in pictures)
     assert sum(path.stat().st_size for path in pictures) < 3_000_000
 
 
@@ -102,7 +148,8 @@ def test_the_readme_names_files_and_functions_that_exist():
     for page in PAGES:
         if "notebook" in page.parts:
             continue
-        for name, functions in re.findall(r"`([\w/]+\.py): ([\w., ]+)`", page.read_text()):
+        text = " ".join(page.read_text().split())  # a reference may be broken into two lines
+        for name, functions in re.findall(r"`([\w/]+\.py): ([\w., ]+)`", text):
             source = (ROOT / name).read_text()
             for function in functions.split(", "):
                 part = function.split(".")[-1]

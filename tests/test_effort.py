@@ -172,7 +172,8 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(effort, "train_latents", interrupted)
     command = ["lic/__main__.py", "compress", FOLDER / "leaves.png", tmp_path / "a.lic"]
-    assert run_script(monkeypatch, *command, "--effort", 2) == 130
+    command += ["--checkpoint", FOLDER / "codec.pt", "--effort", 2]
+    assert run_script(monkeypatch, *command) == 130
     assert capsys.readouterr().err == "interrupted\n"
     assert not list(tmp_path.iterdir())
 

@@ -43,8 +43,8 @@ def kinds(h_s):
     return [isinstance(layer, Int8IntegerConvolution) for layer in h_s.layers]
 
 
-def test_the_codec_works_without_this_room(quantized, monkeypatch):
-    """Without `speed_up` a coder reads and writes the same symbols; g_s differs in last bits."""
+def test_the_codec_works_without_fast_kernels(quantized, monkeypatch):
+    """Without `speed_up` a coder writes what one with it reads; g_s differs in last bits."""
     image, tables = dead_leaves(5, 128), build_tables(quantized)
     quick = ImageCoder(quantized, tables, "0" * 16)
     monkeypatch.setattr(fast, "speed_up", lambda coder: None)

@@ -246,7 +246,7 @@ def test_a_checkpoint_alone_rebuilds_its_codec(checkpoint, model):
 def test_halve_halves_the_bytes_and_gives_a_codec_of_its_own(checkpoint, model, tmp_path):
     half = tmp_path / "half.pt"
     command = [sys.executable, "-m", "lic", "halve", str(checkpoint), str(half)]
-    assert b"bytes" in subprocess.run(command, check=True, capture_output=True).stdout
+    assert b"bytes" in subprocess.run(command, cwd=ROOT, check=True, capture_output=True).stdout
     loaded, meta = load_checkpoint(half)
     assert meta["bytes"] < 0.7 * checkpoint.stat().st_size  # the tables stay as they are
     for name, tensor in model.state_dict().items():

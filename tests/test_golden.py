@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from golden.make import FOLDER, Recorder
-from helpers import ROOT, quantized_codec, run_script
+from helpers import ROOT, needs_constriction, quantized_codec, run_script
 from numpy_decoder import Decoder, conv, deconv, gdn, leaky_relu
 from PIL import Image
 
@@ -27,6 +27,7 @@ from lic.files import LicError
 from lic.images import dead_leaves, read_image
 from lic.measure import best_within, bits_of_blocks, bits_of_symbols
 from lic.metrics import psnr
+from lic.pictures import enlarged, heat
 
 FILES = sorted(path.name for path in FOLDER.glob("*.lic"))
 
@@ -60,6 +61,7 @@ def test_golden_files_decode_to_the_same_symbols_and_pixels(name, golden):
     assert np.abs(pixels.astype(int) - golden[f"{name}.pixels"]).max() <= 1
 
 
+@needs_constriction
 @pytest.mark.parametrize("name", FILES)
 def test_numpy_decoder_gives_the_same_symbols_and_pixels(name, golden):
     decoder = Decoder(dict(np.load(FOLDER / f"{name.split('_')[0]}.npz")))
@@ -68,6 +70,7 @@ def test_numpy_decoder_gives_the_same_symbols_and_pixels(name, golden):
     assert np.abs(pixels.astype(int) - golden[f"{name}.pixels"]).max() <= 1
 
 
+@needs_constriction
 def test_numpy_decoder_rounds_no_float_input(tmp_path):
     model = quantized_codec(float_inputs=["g_s.conv4"])
     image_coder = ImageCoder(
@@ -137,19 +140,30 @@ def forged(**fields):
     return bytes(data)
 
 
-@pytest.mark.parametrize(
-    "data",
-    [
-        b"",
-        b"LIC",
-        forged(height=0),
-        forged(height=2**31),
-        forged(quality=3 * 256),
-        forged(height=64 * 20),
-        forged()[:-4],
-        forged()[:50] + b"x" + forged()[51:],
-    ],
-)
+def with_a_word_of_zero():
+    """One more word of y, 0, at the end of the stream."""
+    data = bytearray(forged()) + bytes(4)
+    (words,) = struct.unpack_from("<I", data, 27)
+    struct.pack_into("<I", data, 27, words + 1)
+    struct.pack_into("<I", data, 43, zlib.crc32(data[47:], zlib.crc32(data[:43])))
+    return bytes(data)
+
+
+FORGED = [
+    b"",
+    b"LIC",
+    forged(height=0),
+    forged(height=2**31),
+    forged(quality=3 * 256),
+    forged(height=64 * 20),
+    forged()[:-4],
+    forged()[:50] + b"x" + forged()[51:],
+    with_a_word_of_zero(),
+]
+
+
+@needs_constriction
+@pytest.mark.parametrize("data", FORGED)
 def test_numpy_decoder_refuses_bad_files_with_a_value_error(data):
     decoder = Decoder(dict(np.load(FOLDER / "codec.npz")))
     assert len(decoder.decode(forged())) == 3  # the file itself is good
@@ -229,8 +243,25 @@ def test_show_draws_the_bits_beside_the_photograph(tmp_path, monkeypatch, capsys
     photograph, picture = read_image(FOLDER / "leaves.png"), read_image(output)
     height, width, _ = photograph.shape
     assert np.array_equal(picture[-height:, :width], photograph)
-    coloured = picture[-height:]
-    assert (coloured == 255).all(-1).any() and run_script(monkeypatch, *show) == 2
+    codec = decoder_of("codec")
+    blocks, side = bits_of_blocks(codec, *codec.latents(photograph, codec.level()))
+    coloured = heat(enlarged(blocks, side)[:height, :width], blocks.max())
+    places = range(width, picture.shape[1] - width + 1)
+    assert any(np.array_equal(picture[-height:, x : x + width], coloured) for x in places)
+    assert run_script(monkeypatch, *show) == 2
+
+
+def test_larger_pictures_than_max_pixels_are_refused(tmp_path, monkeypatch, capsys):
+    """Padded to 64x64, the pixel of pixel.png takes 4,096."""
+    photograph, stream, back = FOLDER / "pixel.png", tmp_path / "a.lic", tmp_path / "a.png"
+    codec = ["--checkpoint", FOLDER / "codec.pt", "--max-pixels"]
+    compress = ["lic/__main__.py", "compress", photograph, stream, *codec]
+    assert run_script(monkeypatch, *compress, 4095) == 2 and not stream.exists()
+    assert run_script(monkeypatch, *compress, 4096) == 0
+    decompress = ["lic/__main__.py", "decompress", stream, back, *codec]
+    assert run_script(monkeypatch, *decompress, 4095) == 1 and not back.exists()
+    assert run_script(monkeypatch, *decompress, 4096) == 0
+    assert "4095" in capsys.readouterr().err
 
 
 def test_four_megapixels_come_back_in_their_size():

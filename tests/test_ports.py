@@ -4,6 +4,7 @@ python tests/test_ports.py        1,000 damaged files and 200 damaged archives, 
 """
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
@@ -19,9 +20,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "ports")]
 
 from golden.make import FOLDER  # noqa: E402
 from golden.mistakes import FLOAT_MISTAKES, INTEGER_MISTAKES, MistakenDecoder  # noqa: E402
+from helpers import needs_constriction  # noqa: E402
 from numpy_decoder import Decoder, conv, deconv, gdn, leaky_relu  # noqa: E402
 from PIL import Image  # noqa: E402
-from test_fuzz import mutate  # noqa: E402
+from test_fuzz import mutate, with_checksum  # noqa: E402
+from test_golden import FORGED  # noqa: E402
 
 from lic import SHIPPED  # noqa: E402
 from lic.__main__ import export  # noqa: E402
@@ -95,25 +98,28 @@ def damaged(data, rng):
 def damage(program, folder, files, archives):
     """How many of so many damaged files and archives the program refuses; it must not crash.
 
-    A damaged archive may still be one: its numbers have no checksum.
+    And what it says. Every second file's own checksum is made right again. A damaged archive may
+    still be one: its numbers have no checksum.
     """
-    rng, refused = np.random.default_rng(0), [0, 0]
+    rng, refused, said = np.random.default_rng(0), [0, 0], set()
     originals = [(FOLDER / name).read_bytes() for name in FILES]
-    archive = (FOLDER / "quantized.npz").read_bytes()
     path, ppm = folder / "damaged", folder / "a.ppm"
     for k in range(files + archives):
         of_archive = k >= files
-        name = "quantized_noise_0.lic" if of_archive else FILES[k % len(FILES)]
+        name = FILES[k % len(FILES)]
+        archive, data = FOLDER / f"{name.split('_')[0]}.npz", (FOLDER / name).read_bytes()
         if of_archive:
-            path.write_bytes(damaged(archive, rng))
+            path.write_bytes(damaged(archive.read_bytes(), rng))
             done = decode(program, path, FOLDER / name, ppm)
         else:
-            path.write_bytes(mutate((FOLDER / name).read_bytes(), originals, rng))
-            done = decode(program, FOLDER / f"{name.split('_')[0]}.npz", path, ppm)
+            data = mutate(data, originals, rng)
+            path.write_bytes(with_checksum(data) if k % 2 and len(data) >= 47 else data)
+            done = decode(program, archive, path, ppm)
         assert done.returncode in (0, 1), (k, done.returncode, done.stderr)
         assert done.returncode == 0 or done.stderr.startswith("error: "), (k, done.stderr)
         refused[of_archive] += done.returncode
-    return refused
+        said.add(done.stderr)
+    return *refused, said
 
 
 @pytest.mark.skipif(COMPILER is None, reason="no C compiler (cc) here")
@@ -132,8 +138,28 @@ def test_c_writes_no_picture_of_what_is_no_number(name, value, tmp_path):
 @pytest.mark.skipif(COMPILER is None, reason="no C compiler (cc) here")
 def test_c_refuses_what_is_damaged_and_touches_no_memory_but_its_own(tmp_path):
     program = build(tmp_path, *SANITIZERS) or build(tmp_path)
-    files, archives = damage(program, tmp_path, files=60, archives=60)
-    assert files >= 58 and archives > 20
+    files, archives, said = damage(program, tmp_path, files=100, archives=60)
+    assert files >= 90 and archives > 20
+    assert len(said) > 12 and "error: the symbols are not the encoder's\n" in said
+
+
+@pytest.mark.parametrize("data", FORGED)
+def test_c_refuses_forged_files(data, decoder, tmp_path):
+    (tmp_path / "a.lic").write_bytes(data)
+    done = decode(decoder, FOLDER / "codec.npz", tmp_path / "a.lic", tmp_path / "a.ppm")
+    assert done.returncode == 1 and done.stderr.startswith("error: ")
+
+
+@pytest.mark.parametrize("key, value", [("weight_bits", 80), ("more", 1)])
+def test_c_refuses_a_quantization_that_it_does_not_know(key, value, decoder, tmp_path):
+    arrays = dict(np.load(FOLDER / "quantized.npz"))
+    about = json.loads(str(arrays["about"]))
+    about["quantization"][key] = value
+    np.savez(tmp_path / "a.npz", **arrays | {"about": json.dumps(about)})
+    done = decode(
+        decoder, tmp_path / "a.npz", FOLDER / "quantized_leaves_2.lic", tmp_path / "a.ppm"
+    )
+    assert done.returncode == 1 and "does not know the quantization" in done.stderr
 
 
 EXACT = {"float": FOLDER / "codec.npz", "integer": FOLDER / "exact" / "integer.npz"}
@@ -145,6 +171,7 @@ def exact_file(kind):
     return FOLDER / "exact" / f"{kind}.lic"
 
 
+@needs_constriction
 @pytest.mark.parametrize("kind", EXACT)
 def test_the_exact_files_are_read_by_numpy_and_c(kind, decoder, tmp_path):
     arrays, data = dict(np.load(EXACT[kind])), exact_file(kind).read_bytes()
@@ -154,6 +181,7 @@ def test_the_exact_files_are_read_by_numpy_and_c(kind, decoder, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+@needs_constriction
 @pytest.mark.parametrize(
     "kind, mistake", [row[::2] for row in MISTAKES], ids=[row[1] for row in MISTAKES]
 )
@@ -167,6 +195,7 @@ def test_the_codec_reads_the_exact_float_file():
     load_coder(FOLDER / "codec.pt").decode(exact_file("float").read_bytes())
 
 
+@needs_constriction
 @pytest.mark.parametrize("kernels", ["float64", "int8"])
 def test_the_codec_finds_the_tables_of_the_exact_integer_file(kernels):
     exact = dict(np.load(EXACT["integer"]))
@@ -236,5 +265,5 @@ if __name__ == "__main__":
         program = build(Path(folder), *SANITIZERS)
         if program is None:
             sys.exit("no C compiler here that has these sanitizers")
-        files, archives = damage(program, Path(folder), files=1000, archives=200)
+        files, archives, _ = damage(program, Path(folder), files=1000, archives=200)
     print(f"refused: {files} of 1000 damaged files, {archives} of 200 damaged archives; no crash")

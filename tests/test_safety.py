@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import struct
@@ -709,7 +710,7 @@ def test_a_log_in_a_file_is_written_a_line_at_a_time(tmp_path):
 
 
 def test_closed_streams_cost_no_result_and_leave_no_lock(tmp_path):
-    command = " ".join(map(str, tiny_training(tmp_path / "a.pt")))
+    command = shlex.join(map(str, tiny_training(tmp_path / "a.pt")))
     done = subprocess.run(["sh", "-c", f"{command} >&- 2>&-"], cwd=ROOT)
     assert done.returncode == 0 and load_checkpoint(tmp_path / "a.pt")[1]["stage"] == "train"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pt", "a.pt.state"]

@@ -71,7 +71,7 @@ def test_a_row_less_would_show(network, small_strips, monkeypatch):
 @pytest.mark.parametrize("height, width", SIZES)
 @pytest.mark.parametrize("kind", ["float", "quantized"])
 def test_files_are_the_same_in_strips(kind, height, width, small_strips):
-    """Each reads what the other wrote: the table of every symbol is the same."""
+    """What was written whole is read in strips: the table of every symbol is the same."""
     model = lively_codec() if kind == "float" else quantized_codec()
     image, codec = picture(height, width), coder_of(model)
     whole = codec.encode(image, 2)

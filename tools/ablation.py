@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from lic.codec import structure
 from lic.codec.bitstream import ImageCoder
-from lic.codec.checkpoint import load_checkpoint
+from lic.codec.checkpoint import FLOAT_STAGES, load_checkpoint
 from lic.codec.eight_bits import (
     WEIGHT,
     eight_bit_inputs,
@@ -281,8 +281,8 @@ def main():
     args = parse_args()
     train, validation = load_images(args.photos, args.crop, args.validation)
     calibration = fixed_crops(train, args.calibration, args.crop)
-    model, _ = load_checkpoint(args.float_path)
-    trained, _ = load_checkpoint(args.quantized)
+    model, _ = load_checkpoint(args.float_path, stages=FLOAT_STAGES)
+    trained, _ = load_checkpoint(args.quantized, stages=("quantize",))
     if args.data:
         images = [read_image(path) for path in find_images(args.data)]
         print(f"PSNR BD-rate over {args.float_path}, {len(images)} images")

@@ -72,7 +72,9 @@ def memory():
     gdn = GDN(64)
     x = torch.randn(1, 64, 256, 384).to(memory_format=torch.channels_last)
     before = median_ms(20, gdn, x)
-    assert keep_freed_memory()
+    if not keep_freed_memory():
+        print("memory: left out, this C library always gives it back")
+        return
     after = median_ms(20, gdn, x)
     print(f"GDN, 64 channels, 384x256, float32: {before:.1f} ms; freed memory kept: {after:.1f} ms")
 
@@ -158,7 +160,7 @@ def codecs():
         f"a photograph of 768x512; milliseconds to encode and decode, on {every} threads and on 1"
     )
     for name, encode, decode in coders(image, size):
-        row = f"{name:34}{len(encode()) if encode() else 0:8} bytes"
+        row = f"{name:34}{len(encode()):8} bytes"
         for threads in (every, 1):
             torch.set_num_threads(threads)
             row += f"{median_ms(9, encode):8.0f}{median_ms(9, decode):6.0f}"

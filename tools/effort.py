@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from lic import SHIPPED, load
 from lic.codec.bitstream import padded
 from lic.codec.gradients import round_ste
+from lic.files import LicError
 from lic.images import find_images, fixed_crops, read_images
 from lic.options import make_parser, positive_whole_number, whole_number
 from lic.program import run
@@ -161,7 +162,12 @@ def show_variants(args, coder):
 
 def main():
     args = parse_args()
+    unknown = set(args.only or []) - VARIANTS.keys()
+    if unknown:
+        raise LicError(f"no variant is called {', '.join(sorted(unknown))}")
     coder = load(args.checkpoint, args.amp)
+    for level in args.levels:
+        coder.level(level)  # raises LicError for one that the codec has not
     coder.model.requires_grad_(False)
     show_variants(args, coder)
 
