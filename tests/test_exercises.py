@@ -59,7 +59,7 @@ def test_every_answer_applies_is_undone_and_stands_on_the_page(tmp_path):
     copy_of_the_code(tmp_path)
     before, page = sources(tmp_path), (EXERCISES / "README.md").read_text(encoding="utf-8")
     answers = sorted(EXERCISES.glob("*.diff"))
-    assert len(answers) == 6
+    assert len(answers) == 7
     for answer in answers:
         assert f"docs/exercises/{answer.name}" in page, answer.name
         run(tmp_path, "git", "apply", answer)
@@ -197,3 +197,15 @@ def test_a_linear_context_saves_what_neighbours_know(tmp_path, monkeypatch, caps
     saved = [line.split()[-1] for line in capsys.readouterr().out.splitlines()[1:]]
     assert len(saved) == len(model.lambdas)
     assert all(float(share.rstrip("%")) > 10 for share in saved)
+
+
+def test_without_errors_that_cancel_each_weight_takes_its_nearest_integer(tmp_path):
+    copy_of_the_code(tmp_path)
+    program = """if True:
+        import torch
+        from lic.shrink.rounding import round_rows
+        W, x = 5 * torch.randn(3, 8), torch.randn(100, 2) @ torch.randn(2, 8)
+        print(torch.equal(round_rows(W, x.T @ x), W.round()))"""
+    assert run(tmp_path, sys.executable, "-c", program) == "False\n"
+    run(tmp_path, "git", "apply", EXERCISES / "nearest.diff")
+    assert run(tmp_path, sys.executable, "-c", program) == "True\n"
