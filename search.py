@@ -66,7 +66,8 @@ def parse_args():
     add("--importance", choices=("residual", "l1"), default="residual",
         help="which channels of a group go first (default: residual)")
     add("--sensitivities",
-        help="take them from this plan of the same checkpoint (default: measure them)")
+        help="take them from this plan of the same checkpoint (default: measure them; uniform "
+        "needs none)")
     add("--tries", type=positive_whole_number, default=200,
         help="plans that evolve tries (default: 200)")
     add("--seed", type=whole_number, default=0, help="of evolve (default: 0)")
