@@ -62,6 +62,19 @@ def test_what_was_measured_is_what_is_shipped(name):
     assert CODECS[name]["bytes"] == path.stat().st_size
 
 
+def test_the_table_of_effort_is_that_of_the_json():
+    measured = json.loads((ROOT / "docs/effort.json").read_text())["checkpoints"]
+    page = (ROOT / "docs/effort.md").read_text()
+    _, meta = load_checkpoint(ROOT / "checkpoints/quantized.pt")
+    assert [codec["effort"] for codec in measured] == [0, 60, 200]
+    assert {codec["fingerprint"] for codec in measured} == {meta["fingerprint"]}
+    for level, rows in enumerate(zip(*(codec["levels"] for codec in measured))):
+        cells = [f"{row['bpp']:.4f}, {row['psnr']:.3f}, {row['ms_ssim']:.4f}" for row in rows]
+        assert f"| {level} | {' | '.join(cells)} |" in page
+    for codec in measured[1:]:
+        assert f" {codec['bd_rate_percent']:+.2f} % " in page.replace("\n", " \n")
+
+
 def test_the_codecs_shipped_are_one_lineage():
     metas = [load_checkpoint(ROOT / "checkpoints" / name)[1] for name in SHIPPED]
     for parent, child in zip(metas, metas[1:]):
