@@ -23,7 +23,7 @@ def import_pyplot():
 
 
 def write_figure(figure, path, all_colours=False):
-    """A figure of matplotlib as a PNG; of 256 colours, a third of the bytes, where these suffice."""
+    """A figure of matplotlib as a PNG; 256 colours are a third of the bytes, where they suffice."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=90, bbox_inches="tight")
     picture = Image.open(buffer).convert("RGB")

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import run_script
+from helpers import ROOT, run_script
 from PIL import Image, features
 
 from lic import files, program
