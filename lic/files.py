@@ -52,9 +52,8 @@ def claim_output(path, suffix, overwrite=False, inputs=()):
         raise LicError(f"{path}: this command writes {suffix[1:]} files; end the name in {suffix}")
     target = Path(os.path.realpath(path))
     for name in map(os.path.realpath, inputs):
-        same = str(target) == name
-        if os.path.exists(target) and os.path.exists(name):  # photo.png and Photo.png on a Mac
-            same = same or os.path.samefile(target, name)
+        both = os.path.exists(target) and os.path.exists(name)
+        same = os.path.samefile(target, name) if both else str(target) == name  # Photo.png on a Mac
         if same or (os.path.isdir(name) and Path(name) in target.parents):
             raise LicError(f"{path} is what this command reads; choose another output")
     try:

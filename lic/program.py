@@ -1,6 +1,6 @@
 """How a script runs: errors are one sentence, a log that cannot be written costs no result.
 
-And what it asks of the machine: its name, and to keep freed memory.
+And what it asks of the machine: its name, its GPU, and to keep freed memory.
 """
 
 import ctypes

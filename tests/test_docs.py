@@ -72,7 +72,7 @@ def test_the_table_of_effort_is_that_of_the_json():
         cells = [f"{row['bpp']:.4f}, {row['psnr']:.3f}, {row['ms_ssim']:.4f}" for row in rows]
         assert f"| {level} | {' | '.join(cells)} |" in page
     for codec in measured[1:]:
-        assert f" {codec['bd_rate_percent']:+.2f} % " in page.replace("\n", " \n")
+        assert f" {codec['bd_rate_percent']:+.2f} %" in page
 
 
 def test_the_codecs_shipped_are_one_lineage():

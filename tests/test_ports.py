@@ -139,8 +139,8 @@ def test_c_writes_no_picture_of_what_is_no_number(name, value, tmp_path):
 def test_c_refuses_what_is_damaged_and_touches_no_memory_but_its_own(tmp_path):
     program = build(tmp_path, *SANITIZERS) or build(tmp_path)
     files, archives, said = damage(program, tmp_path, files=100, archives=60)
-    assert files >= 90 and archives > 20
-    assert len(said) > 12 and "error: the symbols are not the encoder's\n" in said
+    assert files >= 98 and archives > 20
+    assert len(said) > 15 and "error: the symbols are not the encoder's\n" in said
 
 
 @pytest.mark.parametrize("data", FORGED)

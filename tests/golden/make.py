@@ -24,8 +24,6 @@ from PIL import Image
 FOLDER = Path(__file__).parent
 sys.path[:0] = [str(FOLDER), str(FOLDER.parent.parent), str(FOLDER.parent.parent / "ports")]
 
-from mistakes import FLOAT_MISTAKES, INTEGER_MISTAKES, MistakenDecoder  # noqa: E402
-
 from lic.__main__ import export  # noqa: E402
 from lic.codec import ans  # noqa: E402
 from lic.codec.bitstream import ImageCoder, channel_index, load_coder, padded  # noqa: E402
@@ -40,6 +38,7 @@ from lic.photographs import load_images  # noqa: E402
 from lic.shrink.quantization import input_scales  # noqa: E402
 from lic.shrink.rounding import patch_moments, round_weights  # noqa: E402
 from lic.train.loop import fit  # noqa: E402
+from mistakes import FLOAT_MISTAKES, INTEGER_MISTAKES, MistakenDecoder  # noqa: E402
 
 WIDTHS = {
     "g_a.1": 9,
