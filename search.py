@@ -84,6 +84,17 @@ def parse_args():
     return parser.parse_args()
 
 
+def measured_or_earlier(args, config, fingerprint, rise):
+    """zeta of each group, {group: {width: zeta}}: those of --sensitivities, or measured now.
+
+    Of the untouched groups, too: another search may go on from them.
+    """
+    if args.sensitivities:
+        return earlier_sensitivities(args, fingerprint)
+    print("rise of J when one group alone keeps so many channels, mean over the levels")
+    return search.sensitivities(config, rise)
+
+
 def earlier_sensitivities(args, fingerprint):
     """Those of a plan for the same checkpoint, measured as they would be now."""
     plan = load_plan(args.sensitivities, fingerprint)
@@ -103,9 +114,9 @@ def earlier_sensitivities(args, fingerprint):
 
 
 class Cutter:
-    """Narrows one codec to any widths and measures what that costs on the crops x (B, 3, H, W).
+    """What a plan costs: J of one codec, cut to any widths, on the crops x (B, 3, H, W).
 
-    The codec is narrowed on the CPU; J is computed on the device.
+    The codec is cut on the CPU; J is computed on the device.
     """
 
     def __init__(self, model, x, measure, amp, device):
@@ -126,6 +137,61 @@ class Cutter:
     def rise(self, widths):
         """Relative rise of J over the whole codec's, mean over the levels: a number."""
         return (self.loss(widths) / self.J - 1).mean().item()
+
+
+class Saving:
+    """What a plan saves: the shares of a codec that it removes.
+
+    of: what the target counts, as --of; timing: from time_layers, where that is time.
+    """
+
+    def __init__(self, config, of, timing):
+        self.config, self.of = config, of
+        self.cost = functools.partial(milliseconds, timing) if timing else None
+
+    def removed(self, widths):
+        """{"params": S, "macs": S, "both": S}, and "time", if that counts."""
+        return search.sparsity(self.config, widths, self.cost)
+
+    def share(self, widths):
+        """S of what the target counts."""
+        return self.removed(widths)[self.of]
+
+    def shares(self, widths):
+        """Those that evolution must not lessen: (1,), or of both (2,)."""
+        counted = ("params", "macs") if self.of == "both" else (self.of,)
+        S = self.removed(widths)
+        return np.array([S[what] for what in counted])
+
+
+def first_plan(args, table, free, share):
+    """Widths by --method (those that evolve begins with), S, and the alpha or ratio that was found.
+
+    free: {group: width} of the groups that may be narrowed.
+    """
+    if args.method == "uniform":  # the control
+        ratio, widths, S = search.uniform_widths(free, share, args.target)
+        print(f"ratio {ratio:.3f} for every group")
+        return widths, S, {"ratio": ratio}
+    table = {group: table[group] for group in free}
+    if args.method == "threshold":  # alpha, moved until the target is met
+        alpha, widths, S = search.adaptive_search(table, share, args.target)
+        print(f"alpha {alpha:.5f}")
+        return widths, S, {"alpha": alpha}
+    widths, S = search.greedy_search(table, share, args.target)
+    return widths, S, {}
+
+
+def outcome(widths, cutter, saving):
+    """What a plan holds of its widths: {group: channels} of all groups, and what comes of them."""
+    return {
+        "widths": widths,
+        "keep": {group: kept.tolist() for group, kept in cutter.kept(widths).items()},
+        "sparsity": saving.removed(widths),
+        "J": cutter.J.tolist(),
+        "J_zeros": cutter.loss(widths, fold=False).tolist(),
+        "J_folded": cutter.loss(widths).tolist(),
+    }
 
 
 def show(plan, full):
@@ -153,85 +219,50 @@ def main():
         warn_of_slow_bf16()
     start = time.monotonic()
     model, meta = load_checkpoint(args.checkpoint, stages=FLOAT_STAGES)
-    config = model.config
-    free = {g: width for g, width in config["widths"].items() if g not in args.untouched}
+    full = model.config["widths"]
+    free = {group: width for group, width in full.items() if group not in args.untouched}
     if not free:
         raise LicError("--untouched names all groups: nothing is left to narrow")
     train, _ = images_for(args, meta)
     x = fixed_crops(train, args.crops, args.crop)  # (crops, 3, crop, crop)
     cutter = Cutter(model, x, args.importance, args.amp, args.device)
-
-    timing, cost = None, None
+    timing = None
     if args.of == "time":
-        timing = time_layers(config, args.decodings)
-        cost = functools.partial(milliseconds, timing)
-        print(f"768x512 pixels, encoded once and decoded {args.decodings:g} times, take the codec "
-              f"{cost(config['widths']):.0f} ms, entropy coding left out")  # fmt: skip
+        timing = time_layers(model.config, args.decodings)
+        print(
+            f"768x512 pixels, encoded once and decoded {args.decodings:g} times, take the codec "
+            f"{milliseconds(timing, full):.0f} ms, entropy coding left out"
+        )
+    saving = Saving(model.config, args.of, timing)
 
-    def removed(widths):  # by a plan of the free groups
-        return search.sparsity(config, config["widths"] | widths, cost)
-
-    def share(widths):
-        return removed(widths)[args.of]
-
-    def shares(widths):  # those that evolution must not lessen
-        S = removed(widths)
-        return np.array([S["params"], S["macs"]] if args.of == "both" else [S[args.of]])
-
-    table, alpha, ratio = None, None, None
-    if args.method == "uniform":  # the control
-        ratio, widths, S = search.uniform_widths(free, share, args.target)
-        print(f"ratio {ratio:.3f} for every group")
-    else:
-        # the sensitivity of J to each group, to the untouched, too: a plan holds all
-        if args.sensitivities:
-            table = earlier_sensitivities(args, meta["fingerprint"])
-        else:
-            print("rise of J when one group alone keeps so many channels, mean over the levels")
-            table = search.sensitivities(config, cutter.rise)
-        free_table = {group: table[group] for group in free}
-        if args.method == "threshold":  # alpha, moved until the target is met
-            alpha, widths, S = search.adaptive_search(free_table, share, args.target)
-            print(f"alpha {alpha:.5f}")
-        else:
-            widths, S = search.greedy_search(free_table, share, args.target)
-
-    def plan_of(widths, method):
-        widths = config["widths"] | widths
-        return {
-            "baseline": meta["fingerprint"],
-            "method": method,
-            "importance": args.importance,
-            "target": args.target,
-            "of": args.of,
-            "untouched": args.untouched,
-            "timing": timing,
-            "alpha": alpha,
-            "ratio": ratio,
-            "crops": args.crops,
-            "crop": args.crop,
-            "lambdas": model.lambdas,
-            "widths": widths,
-            "keep": {group: kept.tolist() for group, kept in cutter.kept(widths).items()},
-            "sparsity": search.sparsity(config, widths, cost),
-            "sensitivity": table,
-            "J": cutter.J.tolist(),
-            "J_zeros": cutter.loss(widths, fold=False).tolist(),
-            "J_folded": cutter.loss(widths).tolist(),
-        }
-
+    table = None
+    if args.method != "uniform":
+        table = measured_or_earlier(args, model.config, meta["fingerprint"], cutter.rise)
+    widths, S, searched = first_plan(args, table, free, saving.share)
+    asked = ("importance", "target", "of", "untouched", "crops", "crop")
+    plan = {
+        "baseline": meta["fingerprint"],
+        "method": "greedy" if args.method == "evolve" else args.method,
+        **{option: vars(args)[option] for option in asked},
+        "lambdas": model.lambdas,
+        "timing": timing,
+        "sensitivity": table,
+        "alpha": None,
+        "ratio": None,
+        **searched,
+        **outcome(full | widths, cutter, saving),
+    }
     missed = abs(S - args.target) > args.delta
     out = free_name(args.out + ".nearest") if missed else args.out  # not what was asked for
-    plan = plan_of(widths, "greedy" if args.method == "evolve" else args.method)
     save_plan(out, plan)
     if args.method == "evolve" and not missed:  # whole plans
         print(f"wrote {out}, the greedy plan; evolving it")
         rng = np.random.default_rng(args.seed)
-        widths = search.evolve(cutter.rise, shares, widths, free, args.tries, rng)
-        plan = plan_of(widths, "evolve")
+        widths = search.evolve(cutter.rise, saving.shares, widths, free, args.tries, rng)
+        plan |= {"method": "evolve", **outcome(full | widths, cutter, saving)}
         save_plan(out, plan)
 
-    show(plan, config["widths"])
+    show(plan, full)
     print(f"wrote {out} after {time.monotonic() - start:.0f} s")
     if missed:
         advice = "change --target or --delta"

@@ -39,13 +39,13 @@ from lic.images import (
     Images,
     dead_leaves,
     digest,
+    fault_of_size,
     find_images,
     in_words,
     pillow_limits,
     read_image,
     read_images,
     split,
-    fault_of_size,
 )
 
 FORMAT, VERSION = "lic photographs", 1

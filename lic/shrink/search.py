@@ -33,10 +33,11 @@ def round_width(width):
 
 
 def sparsity(config, widths, cost=None):
-    """Share removed by narrowing config to widths: {"params": S, "macs": S, "both": S}.
+    """Share removed by a plan: {"params": S, "macs": S, "both": S}.
 
-    both: the smaller of the two. cost: a function of widths, whose share is added as "time".
+    both: the smaller of the two. cost: a function of all widths, whose share is added as "time".
     """
+    widths = config["widths"] | widths
     narrowed = config | {"widths": widths}
     params = 1 - structure.parameters(narrowed) / structure.parameters(config)
     before, after = structure.kmac_per_pixel(config), structure.kmac_per_pixel(narrowed)
