@@ -2,6 +2,7 @@
 
 import io
 
+import numpy as np
 from PIL import Image
 
 from lic.files import LicError, write_bytes
@@ -38,8 +39,8 @@ def plot_rate_distortion(path, ours, others):
     """Two panels: PSNR over rate, and what each of ours and of the others needs against the first.
 
     ours, others: {name: [(bpp, PSNR)]}. The names stand at the ends of the curves. The second panel
-    tells curves apart that lie on one another in the first; it leaves out what needs half as much
-    again or more, and what cannot be compared.
+    tells curves apart that lie on one another in the first; it leaves out what needs a quarter more
+    rate, and what cannot be compared.
     """
     pyplot = import_pyplot()
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5), layout="constrained")
@@ -55,7 +56,7 @@ def plot_rate_distortion(path, ours, others):
         left.plot(*zip(*curve), linewidth=1.2, **style)
         ends[name] = (*curve[-1], style["color"])
         percent, _ = bd_rate(anchor, curve)
-        if percent is not None and percent < 50:
+        if percent is not None and percent < 25:
             quality, more = rate_differences(anchor, curve)
             right.plot(quality, more, linewidth=1.2, linestyle=style.get("linestyle"),
                        color=style["color"])  # fmt: skip
@@ -63,10 +64,29 @@ def plot_rate_distortion(path, ours, others):
     left.set(xlabel="bits per pixel (file)", ylabel="PSNR (dB)", title="higher is better")
     right.set(xlabel="PSNR (dB)", ylabel=f"rate against {anchor_name}, %",
               title="the same, as rate at equal PSNR: lower is better")  # fmt: skip
-    for axes, names in ((left, ends), (right, differences)):
-        axes.grid(alpha=0.3)
-        name_ends(axes, names)
+    left.grid(alpha=0.3)
+    right.grid(alpha=0.3)
+    name_ends(left, joined(left, ends))
+    name_ends(right, differences)
     write_figure(figure, path)
+
+
+def joined(axes, ends, near=0.03):
+    """`ends`, as for `name_ends`, where curves that end at nearly one place have one name together.
+
+    near: in either direction, as a share of the plot's.
+    """
+    axes.autoscale_view()
+    in_axes = axes.transData - axes.transAxes
+    together = []  # [(names, x, y, colour)]
+    for name, (x, y, colour) in ends.items():
+        for names, *first, _ in together:
+            if np.abs(in_axes.transform((x, y)) - in_axes.transform(first)).max() < near:
+                names.append(name)
+                break
+        else:
+            together.append(([name], x, y, colour))
+    return {", ".join(names): end for names, *end in together}
 
 
 def name_ends(axes, ends, least=0.05):

@@ -138,15 +138,19 @@ def hyperprior(walk, pyplot):
     channel = walk.loudest[0]
     y, mean, scale = walk.y[0, channel], walk.mean[0, channel], walk.scale[0, channel]
     y_bits, _ = coded_bits(walk.coder, walk.y, walk.z)
-    figure, panels = pyplot.subplots(1, 5, figsize=(13, 2.2), layout="constrained")
+    figure, panels = pyplot.subplots(2, 3, figsize=(11, 5.2), layout="constrained")
+    panels = panels.flatten()
+    panels[0].imshow(walk.x[0].permute(1, 2, 0))
+    panels[0].set_title("x, padded", fontsize=8)
+    panels[0].set(xticks=[], yticks=[])
     limit = y.abs().max()
-    grey(panels[0], y, f"y, channel {channel}: up to {limit:.0f}", limit)
-    grey(panels[1], mean, "mean, drawn alike", limit)
-    grey(panels[3], (y - mean) / scale, "(y - mean) / scale, black -3, white 3", 3)
+    grey(panels[1], y, f"y, channel {channel}: up to {limit:.0f}", limit)
+    grey(panels[2], mean, "mean, drawn alike", limit)
+    grey(panels[4], (y - mean) / scale, "(y - mean) / scale, black -3, white 3", 3)
     white = np.quantile(y_bits[channel], 0.99)
     for panel, values, limit, title in (
-        (panels[2], scale, scale.max(), f"scale: {scale.min():.2f} to {scale.max():.1f}"),
-        (panels[4], y_bits[channel], white, f"bits, white: {white:.0f} and more"),
+        (panels[3], scale, scale.max(), f"scale: {scale.min():.2f} to {scale.max():.1f}"),
+        (panels[5], y_bits[channel], white, f"bits, white: {white:.0f} and more"),
     ):
         panel.imshow(values, cmap="gray", vmin=0, vmax=limit)
         panel.set_title(title, fontsize=8)
@@ -256,32 +260,35 @@ def error(walk, pyplot):
 
 
 def sensitivity(walk, pyplot):
-    """zeta of each group of dense.pt and alpha for 40 %, as search.py measured them."""
+    """zeta of each group of dense.pt, and the widths that alpha chooses for 40 %: docs/plan.json."""
     plan = json.loads((ROOT / "docs/plan.json").read_text())
     dense = load_checkpoint(CHECKPOINTS / "dense.pt")[0].config["widths"]
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    ends = {}
-    networks = ("g_a", "g_s", "h_a", "h_s")
-    for group, row in plan["sensitivity"].items():
-        kept = [100 * int(width) / dense[group] for width in row]
-        rises = [100 * zeta for zeta in row.values()]
-        colour = f"C{networks.index(structure.groups()[group].made_by.split('.')[0])}"
-        axes.plot(kept, rises, ".-", color=colour, linewidth=1)
-        ends[group] = (kept[-1], rises[-1], colour)
-    alpha = 100 * plan["alpha"]
-    axes.axhline(alpha, color="black", linewidth=1)
-    axes.text(101, alpha, f"alpha = {alpha:.1f} %", va="bottom", fontsize=8)
-    axes.set_yscale("symlog", linthresh=1)
-    ticks = [0, 1, 10, 100]
-    axes.set(
-        yticks=ticks,
-        yticklabels=ticks,
-        xlim=(102, 8),
-        xlabel="channels of the group kept, %: fewer to the right",
-        ylabel="rise of J, %, logarithmic above 1",
+    figure, panels = pyplot.subplots(
+        2, 2, figsize=(11, 6.5), layout="constrained", sharex=True, sharey=True
     )
-    axes.grid(alpha=0.3)
-    name_ends(axes, ends)
+    alpha, ticks = 100 * plan["alpha"], [0, 1, 10, 100]
+    panels[0, 0].set_yscale("symlog", linthresh=1)
+    panels[0, 0].set(xlim=(102, 8), ylim=(-0.2, 500), yticks=ticks, yticklabels=ticks)
+    for network, axes in zip(("g_a", "g_s", "h_a", "h_s"), panels.flatten()):
+        ends = {}
+        made = [group for group, how in structure.groups().items() if how.made_by[:3] == network]
+        for k, group in enumerate(made):
+            row = {int(width): 100 * zeta for width, zeta in plan["sensitivity"][group].items()}
+            kept = {width: 100 * width / dense[group] for width in row}
+            axes.plot(kept.values(), row.values(), ".-", color=f"C{k}", linewidth=1)
+            chosen = plan["widths"][group]
+            axes.plot(
+                kept[chosen], row[chosen], "o", color=f"C{k}", markersize=10, fillstyle="none"
+            )
+            last = min(row)
+            ends[group] = (kept[last], row[last], f"C{k}")
+        axes.axhline(alpha, color="black", linewidth=1)
+        axes.text(66, alpha, f"alpha = {alpha:.1f} %", va="bottom", fontsize=8)
+        axes.set_title(network, fontsize=10)
+        axes.grid(alpha=0.3)
+        name_ends(axes, ends)
+    figure.supxlabel("channels of the group kept, %: fewer to the right", fontsize=10)
+    figure.supylabel("rise of J, %, logarithmic above 1 %", fontsize=10)
     save(figure, "sensitivity")
     print(f"alpha {plan['alpha']:.4f} removes {plan['sparsity']['both']:.1%}: "
           + ", ".join(f"{group} {width}" for group, width in plan["widths"].items()))  # fmt: skip
@@ -356,9 +363,8 @@ def rounding(walk, pyplot, name="g_a.conv2"):
     kernel = changed.view(-1, 25).sum(1).argmax()  # the input channel where most weights differ
     v = layer_inputs(model, walk.x, [name], lambda v: v)[name][0]  # the same at each level
 
-    figure, panels = pyplot.subplots(
-        1, 4, figsize=(15, 3), layout="constrained", width_ratios=(1.5, 1, 1, 1.2)
-    )
+    figure, panels = pyplot.subplots(2, 2, figsize=(11, 6.5), layout="constrained")
+    panels = panels.flatten()
     taps, errors = np.arange(25), {}
     for values, label, shift in (
         (nearest, "nearest integers", -0.2),
@@ -374,7 +380,7 @@ def rounding(walk, pyplot, name="g_a.conv2"):
     panels[0].grid(alpha=0.3)
     panels[0].legend(fontsize=8)
     limit = 2 * errors["nearest integers"].std()
-    for panel, (label, error) in zip(panels[1:3], errors.items()):
+    for panel, (label, error) in zip(panels[2:], errors.items()):
         grey(panel, error, f"error of the output, {label}", limit)
     gains = {layer: 10 * np.log10(factor) for layer, factor in better.items()}
     pixels, most = x[:, 0].numel(), PATCHES * len(x) / 4
@@ -382,9 +388,12 @@ def rounding(walk, pyplot, name="g_a.conv2"):
     patches = {layer: min(positions * pixels, most) for layer, *_, positions in sizes}
     # fewer patches than weights in a row: the rounding fits this picture and no other
     colours = ["lightgrey" if patches[layer] < len(moments[layer]) else "C0" for layer in gains]
-    panels[3].barh(list(gains)[::-1], list(gains.values())[::-1], color=colours[::-1])
-    panels[3].tick_params("y", labelsize=7)
-    panels[3].set(xlabel="error by the nearest integers / this, dB")
+    panels[1].barh(list(gains), list(gains.values()), color=colours)
+    panels[1].invert_yaxis()
+    panels[1].tick_params("y", labelsize=8)
+    panels[1].set(xlabel="by how much the error of the output falls, dB")
+    grey_bar = pyplot.Rectangle((0, 0), 1, 1, color="lightgrey", label="too few patches to tell")
+    panels[1].legend(handles=[grey_bar], fontsize=8)
     save(figure, "rounding")
     power = {label: (error**2).mean() for label, error in errors.items()}
     of_first = 10 * torch.log10(power["nearest integers"] / power["errors cancel"])
@@ -454,10 +463,10 @@ def results(walk, pyplot):
     ours = {Path(c["path"]).stem: points(c["levels"]) for c in measured["checkpoints"]}
     for codec in searched["checkpoints"]:
         if Path(codec["path"]).stem == "quantized" and codec["effort"]:
-            name = f"quantized, --effort {codec['effort']}"
-            ours[name] = points(codec["levels"])
+            ours[f"--effort {codec['effort']}"] = points(codec["levels"])
     mean_scale = published["compressai mbt2018-mean"]
-    others = {"CompressAI mbt2018-mean": list(zip(mean_scale["bpp"], mean_scale["psnr"]))}
+    others = {name.upper(): points(rows) for name, rows in measured["classical"].items()}
+    others["CompressAI mbt2018-mean"] = list(zip(mean_scale["bpp"], mean_scale["psnr"]))
     plot_rate_distortion(FOLDER / "rate_distortion.png", ours, others)
 
 
