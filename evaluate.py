@@ -132,28 +132,40 @@ def images_of(args):
         paths = held_out_paths(paths)
     images = read_images(paths)
     for path, image in zip(paths, images):
-        if padded_pixels(*image.shape[:2]) > MAX_PIXELS:  # a long thin one, say
+        if is_too_large(image):  # a long thin one, say
             raise LicError(f"{path}, padded, has more than {MAX_PIXELS} pixels; leave it out")
         if (image == image[0, 0]).all():
             print(f"{path} is one colour; where it comes back exactly it counts as {LOSSLESS} dB")
     return images
 
 
+def is_too_large(image):
+    return padded_pixels(*image.shape[:2]) > MAX_PIXELS
+
+
 def held_out_paths(paths):
     """Those that training holds out; what it cannot read it has refused, or left out by --skip-bad.
 
-    One image after the other: all of them may be more than memory holds.
+    Training takes larger ones than this script, which are left out here. One image after the other:
+    all of them may be more than memory holds.
     """
-    readable, digests = [], []
+    digests, too_large = {}, set()
     for path in paths:
         try:
-            digests.append(digest(read_image(path, LARGEST)))
-            readable.append(path)
+            image = read_image(path, LARGEST)
         except LicError as error:
             print(f"left out: {error}")
-    if not readable:
+            continue
+        digests[path] = digest(image)
+        if is_too_large(image):
+            too_large.add(path)
+            print(f"left out, if held out: {path}, padded, has more than {MAX_PIXELS} pixels")
+    if not digests:
         raise LicError("none of these images can be used")
-    return list(itertools.compress(readable, held_out(digests)))
+    chosen = set(itertools.compress(digests, held_out(digests.values()))) - too_large
+    if not chosen:
+        raise LicError("none of the images that are held out can be used")
+    return [path for path in paths if path in chosen]
 
 
 def name_of(result):

@@ -56,6 +56,23 @@ def parse_args():
     return args
 
 
+def cut(model, plan, train):
+    """The codec with the plan's channels alone, and J of the cut with and without the fold.
+
+    On as many crops of training images as search.py saw, and as large.
+    """
+    # with a smaller --crop this stage has smaller images, too
+    large = [image for image in train if min(image.shape[:2]) >= plan["crop"]]
+    if not large:
+        raise LicError(
+            f"no training image holds the plan's crops of {plan['crop']} pixels; give the "
+            "--data that search.py had, or search again with a smaller --crop"
+        )
+    x = fixed_crops(large, plan["crops"], plan["crop"])  # (crops, 3, crop, crop)
+    keep = {group: torch.tensor(kept) for group, kept in plan["keep"].items()}
+    return best_cut(model, keep, x, mean_loss)
+
+
 def main():
     args = parse_args()
     check_out(args)
@@ -67,18 +84,10 @@ def main():
     held_out = fixed_crops(validation, HELD_OUT_CROPS, args.crop)  # (16, 3, crop, crop), or fewer
     metrics = {"held_out_J_before": mean_loss(model, held_out).tolist()}
 
+    about_plan = {}
     if plan:
         dense = model.config
-        keep = {group: torch.tensor(kept) for group, kept in plan["keep"].items()}
-        # the crops that search.py saw: with a smaller --crop this stage has smaller images, too
-        large = [image for image in train if min(image.shape[:2]) >= plan["crop"]]
-        if not large:
-            raise LicError(
-                f"no training image holds the plan's crops of {plan['crop']} pixels; give the "
-                "--data that search.py had, or search again with a smaller --crop"
-            )
-        calibration = fixed_crops(large, plan["crops"], plan["crop"])
-        model, J_cut = best_cut(model, keep, calibration, mean_loss)
+        model, J_cut = cut(model, plan, train)
         print(
             "J of the cut, geometric mean over the levels:",
             *(f"{how} {J:.4f}" for how, J in J_cut.items()),
@@ -90,7 +99,7 @@ def main():
         )
         metrics["held_out_J_cut"] = mean_loss(model, held_out).tolist()
         recorded = ("method", "importance", "target", "of", "alpha", "ratio", "widths", "sparsity")
-        metrics["plan"] = {key: plan[key] for key in recorded} | {"J_cut": J_cut}
+        about_plan["plan"] = {key: plan[key] for key in recorded} | {"J_cut": J_cut}
     begun_with = {"checkpoint": meta["fingerprint"], "plan": plan and cut_fingerprint(plan)}
     steps = fit(model, train, held_out, args, **begun_with)
     if rank() > 0:  # of several processes, which all have the same codec, the first writes it
@@ -98,14 +107,14 @@ def main():
     metrics["held_out_J"] = mean_loss(model, held_out).tolist()
 
     for name, J in metrics.items():
-        if name != "plan":
-            print(f"{name:20}", *(f"{v:.4f}" for v in J))
-    stage = "control" if args.control else "prune"
+        print(f"{name:20}", *(f"{v:.4f}" for v in J))
+    stage, metrics = "control" if args.control else "prune", metrics | about_plan
     save_checkpoint(args.out, model, build_tables(model), stage, vars(args), steps, meta, metrics)
     out = quoted(args.out)
-    following = f"quantize.py --checkpoint {out}{data_option(args)}"
     if args.control:
         following = f"evaluate.py {out} runs/pruned.pt{held_out_option(args)}"
+    else:
+        following = f"quantize.py --checkpoint {out}{data_option(args)}"
     print(f"wrote {args.out}; next: python {following}")
 
 

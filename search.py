@@ -12,6 +12,7 @@ import lic.interrupt  # first: from here on Ctrl-C ends with one line
 
 import copy
 import functools
+import hashlib
 import time
 
 import numpy as np
@@ -33,7 +34,7 @@ from lic.shrink import search
 from lic.shrink.plan import load_plan, save_plan
 from lic.shrink.pruning import importance, most_important, narrow
 from lic.shrink.statistics import observe
-from lic.shrink.timing import milliseconds, time_layers
+from lic.shrink.timing import HEIGHT, WIDTH, milliseconds, time_layers
 from lic.train.loss import mean_loss
 from lic.train.stage import (
     add_image_arguments,
@@ -41,6 +42,8 @@ from lic.train.stage import (
     data_option,
     images_for,
 )
+
+MEASURED_WITH = ("importance", "crops", "crop", "amp")  # options that sensitivities depend on
 
 
 def parse_args():
@@ -65,7 +68,7 @@ def parse_args():
         help="groups that are not narrowed, say g_s.2 (default: none)")
     add("--importance", choices=("residual", "l1"), default="residual",
         help="which channels of a group go first (default: residual)")
-    add("--sensitivities",
+    add("--sensitivities", metavar="PLAN",
         help="take them from this plan of the same checkpoint (default: measure them; uniform "
         "needs none)")
     add("--tries", type=positive_whole_number, default=200,
@@ -84,33 +87,29 @@ def parse_args():
     return parser.parse_args()
 
 
-def measured_or_earlier(args, config, fingerprint, rise):
-    """zeta of each group, {group: {width: zeta}}: those of --sensitivities, or measured now.
-
-    Of the untouched groups, too: another search may go on from them.
-    """
-    if args.sensitivities:
-        return earlier_sensitivities(args, fingerprint)
-    print("rise of J when one group alone keeps so many channels, mean over the levels")
-    return search.sensitivities(config, rise)
+def images_digest(x):
+    """A short string that tells the crops x, of which a plan was measured, from others."""
+    return hashlib.sha256(x.contiguous().numpy().tobytes()).hexdigest()[:16]
 
 
-def earlier_sensitivities(args, fingerprint):
+def earlier_sensitivities(args, fingerprint, images):
     """Those of a plan for the same checkpoint, measured as they would be now."""
     plan = load_plan(args.sensitivities, fingerprint)
     if not plan["sensitivity"]:
         raise LicError(f"{args.sensitivities} holds no sensitivities; leave out --sensitivities")
-    for option in ("importance", "crops", "crop"):
+    for option in MEASURED_WITH:
         then, now = plan[option], vars(args)[option]
         if then != now:
             raise LicError(
                 f"{args.sensitivities} was measured with --{option} {then}, not {now}; give the "
                 "same, or leave out --sensitivities"
             )
-    table = {}
-    for group, row in plan["sensitivity"].items():
-        table[group] = {int(width): zeta for width, zeta in row.items()}
-    return table
+    if plan["images"] != images:
+        raise LicError(
+            f"{args.sensitivities} was measured on other images; give the same with --data, or "
+            "leave out --sensitivities"
+        )
+    return plan["sensitivity"]
 
 
 class Cutter:
@@ -123,7 +122,7 @@ class Cutter:
         self.model, self.x, self.amp = model, x.to(device), amp
         self.statistics = observe(model, x)
         self.scores = importance(model, self.statistics, measure)
-        self.J = mean_loss(copy.deepcopy(model).to(device), self.x, amp)  # (levels,)
+        self.J_dense = mean_loss(copy.deepcopy(model).to(device), self.x, amp)  # (levels,)
 
     def kept(self, widths):
         """{group: indices of its most important channels}."""
@@ -136,59 +135,16 @@ class Cutter:
 
     def rise(self, widths):
         """Relative rise of J over the whole codec's, mean over the levels: a number."""
-        return (self.loss(widths) / self.J - 1).mean().item()
+        return (self.loss(widths) / self.J_dense - 1).mean().item()
 
 
-class Saving:
-    """What a plan saves: the shares of a codec that it removes.
-
-    of: what the target counts, as --of; timing: from time_layers, where that is time.
-    """
-
-    def __init__(self, config, of, timing):
-        self.config, self.of = config, of
-        self.cost = functools.partial(milliseconds, timing) if timing else None
-
-    def removed(self, widths):
-        """{"params": S, "macs": S, "both": S}, and "time", if that counts."""
-        return search.sparsity(self.config, widths, self.cost)
-
-    def share(self, widths):
-        """S of what the target counts."""
-        return self.removed(widths)[self.of]
-
-    def shares(self, widths):
-        """Those that evolution must not lessen: (1,), or of both (2,)."""
-        counted = ("params", "macs") if self.of == "both" else (self.of,)
-        S = self.removed(widths)
-        return np.array([S[what] for what in counted])
-
-
-def first_plan(args, table, free, share):
-    """Widths by --method (those that evolve begins with), S, and the alpha or ratio that was found.
-
-    free: {group: width} of the groups that may be narrowed.
-    """
-    if args.method == "uniform":  # the control
-        ratio, widths, S = search.uniform_widths(free, share, args.target)
-        print(f"ratio {ratio:.3f} for every group")
-        return widths, S, {"ratio": ratio}
-    table = {group: table[group] for group in free}
-    if args.method == "threshold":  # alpha, moved until the target is met
-        alpha, widths, S = search.adaptive_search(table, share, args.target)
-        print(f"alpha {alpha:.5f}")
-        return widths, S, {"alpha": alpha}
-    widths, S = search.greedy_search(table, share, args.target)
-    return widths, S, {}
-
-
-def outcome(widths, cutter, saving):
-    """What a plan holds of its widths: {group: channels} of all groups, and what comes of them."""
+def outcome(widths, cutter, sparsity):
+    """What a plan holds of its widths, {group: channels} of all groups, and of what comes of them."""
     return {
         "widths": widths,
         "keep": {group: kept.tolist() for group, kept in cutter.kept(widths).items()},
-        "sparsity": saving.removed(widths),
-        "J": cutter.J.tolist(),
+        "sparsity": sparsity,
+        "J": cutter.J_dense.tolist(),
         "J_zeros": cutter.loss(widths, fold=False).tolist(),
         "J_folded": cutter.loss(widths).tolist(),
     }
@@ -217,7 +173,7 @@ def main():
         choose_gpu()
     elif args.amp:
         warn_of_slow_bf16()
-    start = time.monotonic()
+    began = time.monotonic()
     model, meta = load_checkpoint(args.checkpoint, stages=FLOAT_STAGES)
     full = model.config["widths"]
     free = {group: width for group, width in full.items() if group not in args.untouched}
@@ -226,31 +182,55 @@ def main():
     train, _ = images_for(args, meta)
     x = fixed_crops(train, args.crops, args.crop)  # (crops, 3, crop, crop)
     cutter = Cutter(model, x, args.importance, args.amp, args.device)
-    timing = None
+    timing, cost = None, None
     if args.of == "time":
         timing = time_layers(model.config, args.decodings)
+        cost = functools.partial(milliseconds, timing)
         print(
-            f"768x512 pixels, encoded once and decoded {args.decodings:g} times, take the codec "
-            f"{milliseconds(timing, full):.0f} ms, entropy coding left out"
+            f"{WIDTH}x{HEIGHT} pixels, encoded once and decoded {args.decodings:g} times, take the "
+            f"codec {cost(full):.0f} ms, entropy coding left out"
         )
-    saving = Saving(model.config, args.of, timing)
 
+    def removed(widths):  # {"params": S, "macs": S, "both": S}, perhaps "time"
+        return search.sparsity(model.config, widths, cost)
+
+    def share(widths):  # S of what the target counts
+        return removed(widths)[args.of]
+
+    # 1. the sensitivity of J to each group, to the untouched, too: another search may go on from it
     table = None
-    if args.method != "uniform":
-        table = measured_or_earlier(args, model.config, meta["fingerprint"], cutter.rise)
-    widths, S, searched = first_plan(args, table, free, saving.share)
-    asked = ("importance", "target", "of", "untouched", "crops", "crop")
+    if args.sensitivities:
+        table = earlier_sensitivities(args, meta["fingerprint"], images_digest(x))
+    elif args.method != "uniform":
+        print("rise of J when one group alone keeps so many channels, mean over the levels")
+        table = search.sensitivities(model.config, cutter.rise)
+
+    # 2. the widths, and the share S that they remove
+    alpha, ratio = None, None
+    if args.method == "uniform":  # the control
+        ratio, widths, S = search.uniform_widths(free, share, args.target)
+        print(f"ratio {ratio:.3f} for every group")
+    else:
+        free_table = {group: table[group] for group in free}
+        if args.method == "threshold":
+            alpha, widths, S = search.adaptive_search(free_table, share, args.target)
+            print(f"alpha {alpha:.5f}")
+        else:  # greedy, where evolve begins, too
+            widths, S = search.greedy_search(free_table, share, args.target)
+
+    # 3. the plan
+    widths = full | widths
     plan = {
         "baseline": meta["fingerprint"],
         "method": "greedy" if args.method == "evolve" else args.method,
-        **{option: vars(args)[option] for option in asked},
+        **{option: vars(args)[option] for option in ("target", "of", "untouched", *MEASURED_WITH)},
+        "images": images_digest(x),
         "lambdas": model.lambdas,
         "timing": timing,
         "sensitivity": table,
-        "alpha": None,
-        "ratio": None,
-        **searched,
-        **outcome(full | widths, cutter, saving),
+        "alpha": alpha,
+        "ratio": ratio,
+        **outcome(widths, cutter, removed(widths)),
     }
     missed = abs(S - args.target) > args.delta
     out = free_name(args.out + ".nearest") if missed else args.out  # not what was asked for
@@ -258,12 +238,13 @@ def main():
     if args.method == "evolve" and not missed:  # whole plans
         print(f"wrote {out}, the greedy plan; evolving it")
         rng = np.random.default_rng(args.seed)
-        widths = search.evolve(cutter.rise, saving.shares, widths, free, args.tries, rng)
-        plan |= {"method": "evolve", **outcome(full | widths, cutter, saving)}
+        start = {group: widths[group] for group in free}
+        widths = full | search.evolve(cutter.rise, share, start, free, args.tries, rng)
+        plan |= {"method": "evolve", **outcome(widths, cutter, removed(widths))}
         save_plan(out, plan)
 
     show(plan, full)
-    print(f"wrote {out} after {time.monotonic() - start:.0f} s")
+    print(f"wrote {out} after {time.monotonic() - began:.0f} s")
     if missed:
         advice = "change --target or --delta"
         if table:

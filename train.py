@@ -12,6 +12,7 @@ import lic.interrupt  # first: from here on Ctrl-C ends with one line
 import torch
 
 from lic.codec.checkpoint import FLOAT_STAGES, load_checkpoint, save_checkpoint
+from lic.codec.header import MAX_LEVELS
 from lic.codec.model import PRESETS, Codec, preset_config
 from lic.codec.structure import parameters
 from lic.codec.tables import build_tables
@@ -56,6 +57,8 @@ def main():
         raise LicError("--lambdas: a plan or a checkpoint brings its own")
     if args.lambdas and sorted(set(args.lambdas)) != args.lambdas:
         raise LicError(f"--lambdas {args.lambdas}: give them in rising order")
+    if args.lambdas and len(args.lambdas) > MAX_LEVELS:
+        raise LicError(f"--lambdas: at most {MAX_LEVELS}, a file cannot name more levels")
     check_out(args)
     torch.manual_seed(args.seed)
     parent, stage = None, "train"

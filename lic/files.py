@@ -55,7 +55,7 @@ def claim_output(path, suffix, overwrite=False, inputs=()):
         both = os.path.exists(target) and os.path.exists(name)
         same = os.path.samefile(target, name) if both else str(target) == name  # Photo.png on a Mac
         if same or (os.path.isdir(name) and Path(name) in target.parents):
-            raise LicError(f"{path} is what this command reads; choose another output")
+            raise LicError(f"{path} is another file of this command; choose another output")
     try:
         if target.exists():
             if not target.is_file():
@@ -71,7 +71,7 @@ def claim_output(path, suffix, overwrite=False, inputs=()):
 
 
 def free_name(path):
-    """`path`, or with the first number behind it that makes it the name of no file yet."""
+    """The first of `path`, path2, path3 ... that is the name of no file yet."""
     name, number = path, 1
     while os.path.lexists(name):
         number += 1

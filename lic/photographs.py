@@ -302,8 +302,8 @@ def check_space(paths, folder):
 
 
 def decoded(paths):
-    """`decode` of each path, in order; of many, by a process for each core."""
-    workers = min(os.cpu_count(), READERS)
+    """`decode` of each path, in order; of many, by a process for each core, at most READERS."""
+    workers = min(os.cpu_count() or 1, READERS)
     if len(paths) <= FEW or workers == 1:
         yield from map(decode, paths)
         return

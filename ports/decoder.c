@@ -469,6 +469,9 @@ int main(int argc, char **argv) {
     if (!levels || quality > 256 * (levels - 1)) fail("the codec has no such quality", "");
     const byte *z_words = file + 47, *y_words = z_words + 4 * counts[0];
     const byte *z_escapes = y_words + 4 * counts[1], *y_escapes = z_escapes + 4 * counts[2];
+    for (size_t k = 0; k < counts[2] + counts[3]; k++)
+        if (fabs((double)(int32_t)little(z_escapes + 4 * k, 4)) >= 1 << 30)
+            fail("a symbol of 2^30 or more", "");
 
     /* z, each channel with its table */
     Array first = find("h_s.conv1.weight"), sizes = find("tables.z.sizes");

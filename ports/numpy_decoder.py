@@ -186,7 +186,10 @@ class Decoder:
         high = min(int(low) + 1, len(log_gains) - 1)
         inverse_gain = np.exp(log_gains[int(low)] * (1 - fraction) + log_gains[high] * fraction)
         y_hat = (y.reshape(mean.shape) + mean).astype(np.float32)
-        x_hat = self.g_s(y_hat * inverse_gain.astype(np.float32)[:, None, None])[:, :H, :W]
+        with np.errstate(over="ignore", invalid="ignore"):  # forged symbols may be that large
+            x_hat = self.g_s(y_hat * inverse_gain.astype(np.float32)[:, None, None])[:, :H, :W]
+        if not np.isfinite(x_hat).all():
+            raise ValueError("g_s gives no number for these symbols")
         pixels = np.rint(255 * np.clip(x_hat, 0, 1)).astype(np.uint8)
         return z, y, pixels.transpose(1, 2, 0)
 

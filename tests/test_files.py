@@ -15,7 +15,7 @@ from helpers import ROOT, run_script
 from PIL import Image, features
 
 from lic import files, program
-from lic.codec.checkpoint import load_checkpoint, save_checkpoint
+from lic.codec.checkpoint import fingerprint, load_checkpoint, save_checkpoint
 from lic.codec.tables import build_tables
 from lic.files import LicError, write_bytes
 from lic.images import dead_leaves, find_images, random_crops, read_image, to_tensor
@@ -279,6 +279,27 @@ def test_what_is_no_checkpoint_is_refused(checkpoint, tmp_path):
         load_checkpoint(checkpoint, stages=("quantize",))
 
 
+@pytest.mark.parametrize("kind, field, value", [
+    ("z", "counts", None), ("y", None, None), ("z", "sizes", torch.zeros(18, dtype=torch.int32)),
+    ("z", "offsets", torch.zeros(17, dtype=torch.int32)), ("y", "counts", "one less"),
+], ids=str)  # fmt: skip
+def test_tables_that_the_coder_cannot_use_are_refused(kind, field, value, checkpoint):
+    """Even where the fingerprint is made right again."""
+    contents = torch.load(checkpoint)
+    tables = contents["tables"]
+    if value is None:
+        tables[kind].pop(field) if field else tables.pop(kind)
+    elif field == "counts":
+        tables[kind][field][5] -= 1  # a table's counts no longer add up to 2^24
+    else:
+        tables[kind][field] = value
+    parts = [contents[key] for key in ("config", "quantization", "state_dict", "tables")]
+    contents["fingerprint"] = fingerprint(*parts)
+    torch.save(contents, checkpoint)
+    with pytest.raises(LicError, match="damaged|does not have the layers"):
+        load_checkpoint(checkpoint)
+
+
 def test_a_flipped_bit_in_a_tensor_is_noticed(checkpoint, model):
     data = bytearray(checkpoint.read_bytes())
     weight = model.g_a.conv1.weight.detach().contiguous().numpy().tobytes()
@@ -320,7 +341,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         ),
         (
             ["train.py", "--data", "{photos}", "--crop", "64", "--out", "{photos}/x.pt"],
-            "is what this command reads",
+            "is another file of this command",
         ),
         (
             ["train.py", "--data", "{photos}", "--crop", "64", "--out", "{tmp}/x.pt", "--resume"],

@@ -19,11 +19,11 @@ from PIL import Image
 
 from lic.__main__ import export
 from lic.codec import ans
-from lic.codec.bitstream import ImageCoder, channel_index, padded
+from lic.codec.bitstream import ImageCoder, channel_index, load_coder, padded
 from lic.codec.checkpoint import load_checkpoint, save_checkpoint
 from lic.codec.header import Header, crc_of_symbols, pack_file
 from lic.codec.tables import Tables, build_tables
-from lic.files import LicError
+from lic.files import BadStream, LicError
 from lic.images import dead_leaves, read_image
 from lic.measure import best_within, bits_of_blocks, bits_of_symbols
 from lic.metrics import psnr
@@ -162,13 +162,25 @@ FORGED = [
 ]
 
 
+def overflowing():
+    """A file, right in all else, whose symbols make g_s overflow in float32."""
+    image_coder, image = load_coder(FOLDER / "codec.pt"), read_image(FOLDER / "leaves.png")
+    y, z = image_coder.latents(image, 1.0)
+    return image_coder.encode_latents(3e7 * y, z, 1.0, *image.shape[:2])
+
+
+def test_a_picture_that_is_no_number_is_refused():
+    with pytest.raises(BadStream, match="g_s gives no number"):
+        load_coder(FOLDER / "codec.pt").decode(overflowing())
+
+
 @needs_constriction
-@pytest.mark.parametrize("data", FORGED)
+@pytest.mark.parametrize("data", [*FORGED, pytest.param(overflowing, id="overflowing")])
 def test_numpy_decoder_refuses_bad_files_with_a_value_error(data):
     decoder = Decoder(dict(np.load(FOLDER / "codec.npz")))
     assert len(decoder.decode(forged())) == 3  # the file itself is good
     with pytest.raises(ValueError):
-        decoder.decode(data)
+        decoder.decode(data() if callable(data) else data)
 
 
 @pytest.mark.parametrize(

@@ -362,13 +362,7 @@ def test_evolution_finds_a_better_plan_that_costs_no_more(of):
     _, start, S = search.adaptive_search(TABLE, share, 0.5)
     for seed in range(3):
         widths = search.evolve(
-            rise,
-            lambda widths: np.array([share(widths)]),
-            start,
-            CONFIG["widths"],
-            200,
-            np.random.default_rng(seed),
-            report=lambda line: None,
+            rise, share, start, CONFIG["widths"], 200, np.random.default_rng(seed)
         )
         assert rise(widths) < 0.95 * rise(start)
         assert share(widths) >= S
@@ -381,12 +375,11 @@ def test_evolution_keeps_widths_that_are_no_multiples_within_bounds():
     tried = []
     search.evolve(
         lambda widths: tried.append(dict(widths)) or 0.0,
-        lambda widths: np.array([search.sparsity(config, widths)["params"]]),
+        lambda widths: search.sparsity(config, widths)["params"],
         start,
         WIDTHS,
         100,
         np.random.default_rng(0),
-        report=lambda line: None,
     )
     assert len(tried) > 20 and all(
         8 <= w <= WIDTHS[g] for widths in tried for g, w in widths.items()
@@ -404,6 +397,6 @@ def test_sensitivity_is_zero_where_nothing_reads_a_group_and_only_there():
         keep = {group: most_important(scores[group], width) for group, width in widths.items()}
         return (mean_loss(narrow(model, keep), x) / J - 1).mean().item()
 
-    table = search.sensitivities(model.config, rise, report=lambda line: None)
+    table = search.sensitivities(model.config, rise)
     assert table["h_s.2"][8] == pytest.approx(0, abs=1e-4)
     assert abs(table["g_s.3"][8]) > 0.01

@@ -32,7 +32,7 @@ from lic.images import (
 )
 from lic.photographs import load_images
 from lic.program import PatientLog
-from lic.shrink.plan import load_plan, save_plan
+from lic.shrink.plan import KEYS, load_plan, save_plan
 from lic.train.state import load_state, read_state, save_state
 
 GOLDEN = ROOT / "tests" / "golden"
@@ -239,7 +239,7 @@ def test_nothing_is_replaced_that_was_not_asked_for(tmp_path):
         (tmp_path / "folder.pt").mkdir(exist_ok=True)
         with pytest.raises(LicError, match=why):
             claim_output(tmp_path / name, ".pt", overwrite=True)
-    with pytest.raises(LicError, match="what this command reads"):
+    with pytest.raises(LicError, match="another file of this command"):
         claim_output(output, ".pt", overwrite=True, inputs=[tmp_path / "." / "a.pt"])
 
 
@@ -359,7 +359,7 @@ def test_what_no_stage_could_use_is_not_saved(value, tmp_path):
         model.g_s.conv2.bias[0] = value
     with pytest.raises(LicError, match="g_s.conv2.bias is not finite"):
         save_checkpoint(tmp_path / "a.pt", model, tables, "train", {}, 0)
-    with pytest.raises(LicError, match="J is not finite"):
+    with pytest.raises(LicError, match="a figure of the plan is not finite"):
         save_plan(tmp_path / "plan.json", {"J": [value]})
     assert list(tmp_path.iterdir()) == []
 
@@ -367,11 +367,11 @@ def test_what_no_stage_could_use_is_not_saved(value, tmp_path):
 def a_plan():
     widths = lively_codec().config["widths"]
     keep = {group: list(range(width // 2)) for group, width in widths.items()}
-    plan = dict.fromkeys(("method", "importance", "target", "of", "alpha", "ratio", "sparsity"))
+    plan = dict.fromkeys(KEYS)
     widths = {group: len(kept) for group, kept in keep.items()}
     return plan | {
         "crops": 2, "crop": 64, "baseline": "00", "keep": keep, "widths": widths,
-        "lambdas": [0.1, 0.2], "sensitivity": None
+        "lambdas": [0.1, 0.2], "sensitivity": {group: {"8": 0.5} for group in widths}
     }  # fmt: skip
 
 
@@ -379,14 +379,16 @@ def a_plan():
     {"keep": {"y": [0, 1, 2, 3, 4, 999]}}, {"keep": {"y": [-1, 1, 2, 3, 4, 5]}},
     {"keep": {"y": list("abcdef")}}, {"keep": {"y": [0, 1, 2, 3, 4, 4]}}, {"lambdas": []},
     {"lambdas": [0.2, 0.1]}, {"lambdas": [0.1, math.inf]}, {"lambdas": ["a"]}, {"keep": 5},
-    {"baseline": None}, {"crop": "64"},
+    {"baseline": None}, {"crop": "64"}, {"lambdas": [True, 2.0]}, {"widths": {"y": 6.0}},
+    {"sensitivity": {"y": {}}}, {"sensitivity": {"y": {"\u00b2": 0.5}}},
+    {"sensitivity": {"y": {"8": math.nan}}}, {"sensitivity": {}}, {"sensitivity": {"y": 3}},
 ], ids=str)  # fmt: skip
 def test_plans_are_checked_for_content(change, tmp_path):
     plan, widths = a_plan(), lively_codec().config["widths"]
     save_plan(tmp_path / "plan.json", plan)
     assert load_plan(tmp_path / "plan.json", "00", widths)["keep"] == plan["keep"]
     for key, value in change.items():
-        plan[key] = plan[key] | value if isinstance(value, dict) else value
+        plan[key] = plan[key] | value if value and isinstance(value, dict) else value
     (tmp_path / "plan.json").write_text(json.dumps({"format": "lic plan"} | plan))
     with pytest.raises(LicError, match="is not a plan|does not have"):
         load_plan(tmp_path / "plan.json", "00", widths)
@@ -672,14 +674,14 @@ def test_inputs_of_evaluate_are_not_replaced(tmp_path, photos, monkeypatch, caps
         ["--plot", photos / "0.png"],
     ):
         assert run_script(monkeypatch, *evaluate, *more) == 2
-        assert "is what this command reads" in capsys.readouterr().err
+        assert "is another file of this command" in capsys.readouterr().err
 
 
 def test_another_name_of_an_input_is_not_written(photos):
     """As Photo.png is of photo.png on a disk that does not tell them apart."""
     image, other = photos / "0.png", photos / "other.png"
     os.link(image, other)
-    with pytest.raises(LicError, match="is what this command reads"):
+    with pytest.raises(LicError, match="is another file of this command"):
         claim_output(other, ".png", overwrite=True, inputs=[image])
     other.unlink()
 

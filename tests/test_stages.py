@@ -398,22 +398,15 @@ def test_evolution_starts_from_the_greedy_plan_of_given_sensitivities(
     rise = [np.mean(np.divide(p["J_folded"], p["J"])) for p in (first, plan)]
     assert rise[1] <= rise[0] + 1e-6
     capsys.readouterr()
-    assert (
-        run_script(
-            monkeypatch,
-            "search.py",
-            *arguments,
-            "--importance",
-            "l1",
-            "--out",
-            pipeline / "no.json",
-        )
-        == 2
-    )
-    assert (
-        "measured with --importance residual, not l1" in capsys.readouterr().err
-        and not (pipeline / "no.json").exists()
-    )
+    for change, refusal in (
+        (["--importance", "l1"], "measured with --importance residual, not l1"),
+        (["--amp"], "measured with --amp False, not True"),
+        (["--crops", 1], "measured with --crops 2, not 1"),
+        (["--data", photos / "sub"], "measured on other images"),
+    ):
+        again = [*search, *change, "--out", pipeline / "no.json"]
+        assert run_script(monkeypatch, "search.py", *again) == 2
+        assert refusal in capsys.readouterr().err and not (pipeline / "no.json").exists()
 
 
 def test_the_widths_of_a_plan_can_be_trained_from_scratch(pipeline, photos, monkeypatch):
@@ -595,6 +588,15 @@ def test_only_what_training_held_out(pipeline, photos, monkeypatch, capsys):
         == 0
     )
     assert capsys.readouterr().out.startswith("images: 1,")
+
+
+def test_a_held_out_image_that_is_too_large_is_left_out(pipeline, photos, monkeypatch, capsys):
+    monkeypatch.setattr("lic.files.MAX_PIXELS", 64 * 64 - 1)
+    arguments = [pipeline / "dense.pt", "--data", photos, "--held-out"]
+    assert run_script(monkeypatch, "evaluate.py", *arguments) == 2
+    out, err = capsys.readouterr()
+    assert out.count("left out, if held out") == 4
+    assert "none of the images that are held out can be used" in err
 
 
 def test_plot_without_matplotlib_is_a_sentence(pipeline, photos, monkeypatch, capsys):

@@ -121,6 +121,9 @@ def test_the_order_of_the_layers_changes_nothing(monkeypatch):
         (Layer("g_s.conv2", "deconv", 3, 2, "g_s.1", "g_s.2", "igdn"), "5x5 with stride 2"),
         (Layer("g_s.conv3", "deconv", 5, 2, "g_s.1", "g_s.3", "igdn"), "one layer must read it"),
         (Layer("g_a.conv4", "conv", 5, 2, "g_a.3", "y", "gdn"), "nothing follows"),
+        (Layer("g_a.conv2", "conv", 5, 2, "g_a.1", "g_a.2", "igdn"), "followed by gdn"),
+        (Layer("h_a.conv1", "cnov", 3, 1, "y", "h_a.1", "lrelu"), "neither conv nor deconv"),
+        (Layer("h_a.conv3", "conv", 5, 2, "y", "z"), "h_a.2: one layer must read it"),
         (Layer("g_a.conv2", "conv", 5, 2, "g_a.7", "g_a.2", "gdn"), "no layer makes"),
         (Layer("g_a.conv2", "conv", 4, 2, "g_a.1", "g_a.2", "gdn"), "an odd kernel"),
         (Layer("g_s.conv3", "conv", 5, 2, "g_s.2", "g_s.3", "igdn"), "its size back"),
@@ -134,6 +137,13 @@ def test_layers_that_the_code_does_not_know_are_refused(layer, why, monkeypatch)
     monkeypatch.setattr(structure, "LAYERS", layers)
     with pytest.raises(ValueError, match=why):
         Codec(config)
+
+
+def test_a_layer_of_another_name_is_refused(monkeypatch):
+    layers = [layer._replace(name=layer.name.replace("conv1", "up1")) for layer in structure.LAYERS]
+    monkeypatch.setattr(structure, "LAYERS", layers)
+    with pytest.raises(ValueError, match="g_a.up1: a layer is called NETWORK.convN"):
+        structure.check_layers()
 
 
 def test_a_checkpoint_of_other_layers_is_a_sentence(monkeypatch):

@@ -24,11 +24,11 @@ WORD = 32  # bits
 class PlainAns:
     """A stack of symbols: what is pushed last is popped first.
 
-    words: what `words()` gave; ValueError if it cannot be, for no coder ends with a zero word.
+    words: an array, as `words()` gives it. ValueError if the last is 0, which no coder writes.
     """
 
-    def __init__(self, words=()):
-        self.stack = [int(word) for word in words]
+    def __init__(self, words=None):
+        self.stack = [] if words is None else words.tolist()
         if self.stack and self.stack[-1] == 0:
             raise ValueError("the last word is 0")
         self.state = 0
@@ -118,11 +118,9 @@ def import_constriction():
     return constriction
 
 
-def ans(words=None):
+def new_coder(words=None):
     """A coder with these words, or without any."""
-    if import_constriction():
-        return LibraryAns(words)
-    return PlainAns(() if words is None else words)
+    return LibraryAns(words) if import_constriction() else PlainAns(words)
 
 
 def runs_of(tables, table_index):
@@ -146,7 +144,7 @@ def encode(symbols, table_index, tables):
     """
     order, runs = runs_of(tables, table_index)
     sorted_symbols = symbols[order]
-    coder, escapes = ans(), []
+    coder, escapes = new_coder(), []
     for start, end, counts, offset in reversed(runs):  # a stack: coded last, decoded first
         values = sorted_symbols[start:end]
         entries = values - offset
@@ -159,10 +157,13 @@ def encode(symbols, table_index, tables):
 
 
 def decode(words, escapes, table_index, tables):
-    """Inverse of `encode`: (n,) int32. BadStream if the stream does not end where it must."""
+    """Inverse of `encode`: (n,) int32. BadStream if the stream does not end where it must.
+
+    Not every damage shows so: whoever calls this compares a checksum of the symbols.
+    """
     order, runs = runs_of(tables, table_index)
     try:
-        coder = ans(words)
+        coder = new_coder(words)
     except ValueError as error:
         raise BadStream("the entropy-coded data is damaged") from error
     sorted_symbols = np.empty(len(order), np.int32)

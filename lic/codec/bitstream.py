@@ -11,6 +11,7 @@ g_a, h_a and g_s may run anywhere, in any precision: the decoder never repeats t
 
 import copy
 import math
+from functools import partial
 
 import numpy as np
 import torch
@@ -39,21 +40,22 @@ class ImageCoder:
 
     def __init__(self, model, tables, fingerprint, amp=False, device="cpu"):
         self.amp, self.device = amp, torch.device(device)
-        on_cpu = self.device == torch.device("cpu")
-        if amp and on_cpu:
-            warn_of_slow_bf16()
-        self.model, self.tables = model.eval(), tables
+        model.eval()
+        self.model, self.tables = model, tables
         self.fingerprint = bytes.fromhex(fingerprint)[:8]
-        self.g_a, self.h_a, self.g_s = model.g_a, model.h_a, model.g_s
+        networks = (model.g_a, model.h_a, model.g_s)
+        if self.device == torch.device("cpu"):
+            if amp:
+                warn_of_slow_bf16()
+            networks = map(fast.faster, networks)  # may be left out
+        else:
+            networks = (copy.deepcopy(network).to(device) for network in networks)
+        self.g_a, self.h_a, self.g_s = networks
         if model.quantization:
             self.h_s = IntegerHyperSynthesis(model.h_s)
+            fast.speed_up_h_s(self.h_s, model.h_s)  # may be left out
         else:
             self.h_s = copy.deepcopy(model.h_s).double()
-        if on_cpu:
-            fast.speed_up(self)  # may be left out
-        else:
-            networks = (self.g_a, self.h_a, self.g_s)
-            self.g_a, self.h_a, self.g_s = (copy.deepcopy(net).to(device) for net in networks)
 
     def encode(self, image, quality=None, max_pixels=MAX_PIXELS):
         """image (H, W, 3) uint8 of any size -> bytes.
@@ -165,14 +167,10 @@ class ImageCoder:
         if level > len(self.model.lambdas) - 1:
             raise BadStream(f"the file declares quality {level}, which this model does not have")
 
-    def _run(self, network):
-        """The network as a function from CPU to CPU, in bf16 if that was asked for."""
-
-        def run(x):
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-                return network(x.to(self.device)).float().cpu()
-
-        return run
+    def _run(self, network, x):
+        """network(x), from CPU to CPU, in bf16 if that was asked for."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+            return network(x.to(self.device)).float().cpu()
 
     def _analysis(self, image):
         """image (H', W', 3) uint8, padded -> g_a's y (1, M, H/16, W/16)."""
@@ -182,7 +180,7 @@ class ImageCoder:
         def rows(start, end):
             return to_tensor([image[side * start : side * end]]) - 0.5
 
-        return strips.down("g_a", self._run(self.g_a), height, width, rows)
+        return strips.down("g_a", partial(self._run, self.g_a), height, width, rows)
 
     def _hyper_analysis(self, y):
         """y (1, M, H/16, W/16) -> h_a's z (1, Z, H/64, W/64)."""
@@ -192,13 +190,14 @@ class ImageCoder:
         def rows(start, end):
             return y[:, :, side * start : side * end]
 
-        return strips.down("h_a", self._run(self.h_a), height, width, rows)
+        return strips.down("h_a", partial(self._run, self.h_a), height, width, rows)
 
     def _synthesis(self, y_hat):
         """y_hat (1, M, H/16, W/16), gains undone -> g_s's picture (H', W', 3) uint8."""
-        g_s = self._run(self.g_s)
         parts = []
-        for (x_hat,) in strips.up("g_s", lambda rows: (g_s(rows),), y_hat):
+        for (x_hat,) in strips.up("g_s", lambda rows: (self._run(self.g_s, rows),), y_hat):
+            if not x_hat.isfinite().all():
+                raise BadStream("g_s gives no number for these symbols: the file was forged")
             pixels = ((x_hat[0] + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
             parts.append(pixels.permute(1, 2, 0).numpy())
         return np.concatenate(parts)

@@ -16,12 +16,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from lic.codec.ans import PRECISION
 from lic.codec.eight_bits import pack, quantize_layers, unpack
+from lic.codec.entropy import SCALE_LEVELS
 from lic.codec.model import Codec
 from lic.codec.tables import Tables
 from lic.files import UNREADABLE, LicError, read_tensors, write_tensors
 
 FORMAT, VERSION = "lic checkpoint", 2  # version 1 had ReLUs in the hyper networks
+TOTAL = 2**PRECISION  # what the counts of a table add up to
 FLOAT_STAGES = ("train", "control", "prune")  # the others are quantized
 
 
@@ -47,10 +50,9 @@ def fingerprint(config, quantization, state_dict, tables):
 def save_checkpoint(path, model, tables, stage, arguments, steps, parent=None, metrics=None):
     """Write the checkpoint and return its fingerprint.
 
-    tables: from tables.build_tables. arguments: a plain dict, recorded in the lineage, without
-    "cache"; of "data" and "validation", folders, only the name, and no data stands for the
-    synthetic images. parent: the meta of the checkpoint that this one was made from. metrics: plain
-    values, as JSON has them. Raises LicError if a weight or a figure is not finite.
+    tables: from tables.build_tables. arguments, steps: see `lineage_entry`. parent: the meta of the
+    checkpoint that this one was made from. metrics: plain values, as JSON has them. Raises LicError
+    if a weight or a figure is not finite.
     """
     check_finite(model.state_dict(), metrics or {})
     state_dict = {}
@@ -59,19 +61,7 @@ def save_checkpoint(path, model, tables, stage, arguments, steps, parent=None, m
     if model.quantization:
         state_dict = pack(state_dict)
     tensors = {kind: tensors_of(table) for kind, table in tables.items()}
-    data = None
-    if "data" in arguments:
-        data = folder_name(arguments["data"]) if arguments["data"] else "dead leaves"
-    arguments = {k: v for k, v in arguments.items() if k not in ("data", "cache")}
-    if arguments.get("validation"):
-        arguments["validation"] = folder_name(arguments["validation"])
-    entry = {
-        "stage": stage,
-        "arguments": arguments,
-        "steps": steps,
-        "data": data,
-        "parent": parent["fingerprint"] if parent else None,
-    }
+    entry = lineage_entry(stage, arguments, steps, parent)
     checkpoint = {
         "format": FORMAT,
         "version": VERSION,
@@ -88,15 +78,36 @@ def save_checkpoint(path, model, tables, stage, arguments, steps, parent=None, m
     return checkpoint["fingerprint"]
 
 
+def lineage_entry(stage, arguments, steps, parent):
+    """What a checkpoint tells of the run that wrote it; arguments: the command's, a plain dict.
+
+    Of its folders only the names are kept; no "data" stands for the synthetic images.
+    """
+    data = None
+    if "data" in arguments:
+        data = folder_name(arguments["data"]) if arguments["data"] else "dead leaves"
+    arguments = {k: v for k, v in arguments.items() if k not in ("data", "cache")}
+    if arguments.get("validation"):
+        arguments["validation"] = folder_name(arguments["validation"])
+    return {
+        "stage": stage,
+        "arguments": arguments,
+        "steps": steps,
+        "data": data,
+        "parent": parent["fingerprint"] if parent else None,
+    }
+
+
 def check_finite(state_dict, metrics):
     """Raise LicError for weights or figures that no later stage could use."""
-    for name, tensor in state_dict.items():
-        if not torch.isfinite(tensor).all():
-            raise LicError(f"{name} is not finite: the training has failed; use a smaller --lr")
-    try:
-        json.dumps(metrics, allow_nan=False)
-    except ValueError as error:
-        raise LicError("J is not finite: the training has failed; use a smaller --lr") from error
+    infinite = [name for name, tensor in state_dict.items() if not torch.isfinite(tensor).all()]
+    for name, figures in metrics.items():
+        try:
+            json.dumps(figures, allow_nan=False)
+        except ValueError:
+            infinite.append(name)
+    if infinite:
+        raise LicError(f"{infinite[0]} is not finite: the training has failed; use a smaller --lr")
 
 
 def folder_name(path):
@@ -109,14 +120,23 @@ def tensors_of(table):
     return {field: torch.from_numpy(value) for field, value in table._asdict().items()}
 
 
-def table_of(tensors):
-    """The inverse of `tensors_of`."""
+def table_of(tensors, count):
+    """The inverse of `tensors_of`, for `count` tables. Raises UNREADABLE if these are no such."""
     arrays = (tensors[field].numpy() for field in Tables._fields)
-    return Tables(*map(np.ascontiguousarray, arrays))
+    table = Tables(*map(np.ascontiguousarray, arrays))
+    ends = np.cumsum(table.sizes)
+    sums = np.add.reduceat(table.counts, ends - table.sizes, dtype=np.int64)
+    right = len(table.sizes) == len(table.offsets) == count and len(table.counts) == ends[-1]
+    if not (right and min(table.sizes) > 0 and min(table.counts) > 0 and set(sums) == {TOTAL}):
+        raise ValueError("no tables of the coder")
+    return table
 
 
 def has_history(checkpoint):
-    """Is there what the fingerprint does not cover? Raises UNREADABLE or says False."""
+    """Are lineage, stage and metrics complete, which the fingerprint leaves out?
+
+    Raises UNREADABLE or says False.
+    """
     entries = [set(entry) for entry in checkpoint["lineage"]]
     complete = all(entry == {"stage", "arguments", "steps", "data", "parent"} for entry in entries)
     return complete and {"stage", "metrics"} <= checkpoint.keys()
@@ -162,6 +182,10 @@ def load_checkpoint(path, stages=None):
         if quantization:
             quantize_layers(model, float_inputs=float_inputs)
         model.load_state_dict(state_dict)
+        checkpoint["tables"] = {
+            "z": table_of(tables["z"], config["widths"]["z"]),
+            "y": table_of(tables["y"], SCALE_LEVELS),
+        }
     except UNREADABLE as error:
         raise LicError(
             f"{path} does not have the layers of this program (codec/structure.py): train again"
@@ -171,6 +195,5 @@ def load_checkpoint(path, stages=None):
             f"{path} is quantized as {quantization}; this program knows {model.quantization}; "
             "quantize again with quantize.py"
         )
-    checkpoint["tables"] = {kind: table_of(tensors) for kind, tensors in tables.items()}
     checkpoint["bytes"] = Path(path).stat().st_size
     return model.to(memory_format=torch.channels_last).eval(), checkpoint

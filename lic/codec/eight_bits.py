@@ -32,8 +32,8 @@ from lic.files import LicError
 WEIGHT = (-127, 127)
 SIGNED = (-128, 127)
 LEAKY = (-32, 223)  # after a leaky ReLU, whose negative side is an eighth of the other
-# 16 bits: 256 * high + low, two digits of the same range, so that 8-bit kernels can compute
-DIGIT = LEAKY
+# 16 bits are 256 * high + low, two digits: a sum over each is one for an 8-bit kernel (fast.py)
+DIGIT = (-32, 223)
 WIDE = (257 * DIGIT[0], 257 * DIGIT[1])
 
 
@@ -66,9 +66,10 @@ def eight_bit_inputs():
 
 
 def fake_quantize(v, scale, low, high):
-    """Nearest representable value s * q.
+    """Nearest representable value, scale * q.
 
-    The gradient passes straight through to v inside the range, and outside it to the scale alone.
+    Its gradient for v is 1 inside the range and 0 outside; for the scale it is q - v / scale
+    inside and the limit outside (LSQ, see `quantized_input`).
     """
     return round_ste(v / scale).clamp(low, high) * scale
 

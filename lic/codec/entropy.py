@@ -1,4 +1,4 @@
-"""The two entropy models: differentiable densities, nothing of bytes or tables.
+"""The two entropy models: differentiable densities, of which tables.py makes the coder's tables.
 
 EntropyBottleneck   p(z) = prod_c p_c(z_c), each p_c a learned monotone cumulative
                     (Ballé, Minnen, Singh, Hwang, Johnston, arXiv:1802.01436, app. 6.1)
@@ -21,8 +21,9 @@ from lic.codec.gradients import lower_bound, upper_bound
 
 MAX_BITS = 24.0  # of a symbol in the coder's table: its least probability is 2^-24
 SCALE_MIN, SCALE_MAX, SCALE_LEVELS = 0.11, 256.0, 64
-HIDDEN, SPREAD = (3, 3, 3), 10.0  # of z's densities: units; the width that they start with
-FARTHEST = 1000.0  # scales from the mean; 720,000 bits
+HIDDEN = (3, 3, 3)  # units of the network that is a density of z
+SPREAD = 10.0  # width of such a density at the start
+FARTHEST = 1000.0  # scales from the mean: see `GaussianConditional.bits`
 LOG_SCALE_MIN = math.log(SCALE_MIN)
 LOG_SCALE_STEP = (math.log(SCALE_MAX) - LOG_SCALE_MIN) / (SCALE_LEVELS - 1)
 
@@ -104,15 +105,15 @@ class GaussianConditional(nn.Module):
     def bits(y, mean, log_scale):
         """-log2 P(y - 1/2 < Y < y + 1/2) of each element, all of shape (B, M, h, w).
 
-        At most those of FARTHEST, some 720,000.
+        Beyond FARTHEST scales from the mean it is what it is there, some 720,000 bits.
 
         In the logarithm: a difference of two cdf values is exactly 0 in float32 some ten scales
         from the mean, and so is its gradient.
         """
         log_scale = lower_bound(log_scale, LOG_SCALE_MIN)
         scale = torch.exp(upper_bound(log_scale, math.log(SCALE_MAX)))
-        # The gradient of log_ndtr is no number in float32 some 10^4 scales out. Beyond FARTHEST
-        # the bits stay those of FARTHEST, and the gradient of upper_bound lets y come back.
+        # the gradient of log_ndtr is no number in float32 some 10^4 scales out; that of
+        # upper_bound lets y come back from there
         distance = upper_bound((y - mean).abs() / scale, FARTHEST)
         # the density is symmetric: mirrored, so that the bin lies at or below the mean
         upper = torch.special.log_ndtr(0.5 / scale - distance)

@@ -27,8 +27,8 @@ IN_CACHE = 2**18  # numbers of x: 1 MiB, which stays in a core's cache
 OUTPUTS = 256  # channels that one kernel makes: with 384 each takes twice as long
 
 
-class StripGDN(nn.Module):
-    """A GDN or IGDN in place, the same bits: what is passed in is what is returned, changed.
+class CachedGDN(nn.Module):
+    """A GDN or IGDN in place: what is passed in is what is returned, changed.
 
     Some positions at a time, so that their energies never leave the cache.
     """
@@ -46,9 +46,9 @@ class StripGDN(nn.Module):
             return self.gdn(x)
         channels = x.shape[1]
         positions = x.permute(0, 2, 3, 1).view(-1, channels)  # of the same memory
-        for strip in positions.split(max(1, IN_CACHE // channels)):
-            energy = torch.addmm(self.beta, strip * strip, self.gamma)
-            strip.mul_(self.root(energy, out=energy))
+        for block in positions.split(max(1, IN_CACHE // channels)):
+            energy = torch.addmm(self.beta, block * block, self.gamma)
+            block.mul_(self.root(energy, out=energy))
         return x
 
 
@@ -182,19 +182,34 @@ class LastConvolution(nn.Module):
         return F.pixel_shuffle(F.conv2d(x, self.weight, self.bias, padding=1), 2)
 
 
-def speed_up(coder):
-    """Replace the networks of an ImageCoder by their faster forms; its model stays as it is."""
-    coder.g_a, coder.h_a, coder.g_s = map(faster, (coder.g_a, coder.h_a, coder.g_s))
-    if not coder.model.quantization:
-        return
+def faster(network):
+    """g_a, h_a or g_s in its faster form; layers that have none are shared with `network`."""
+    modules = OrderedDict()
+    for name, layer in network.named_children():
+        if isinstance(layer, QuantizedConvolution) and layer.input_range:
+            modules[name] = int8_layer(layer) if available() else layer
+        elif isinstance(layer, GDN):
+            modules[name] = CachedGDN(layer)
+        elif getattr(layer, "transposed", False) and layer.out_channels == 3:
+            modules[name] = LastConvolution(layer)
+        else:
+            modules[name] = layer
+    return nn.Sequential(modules)
+
+
+def speed_up_h_s(exact, h_s):
+    """Replace layers of an IntegerHyperSynthesis, in place, by what gives the same bits sooner.
+
+    h_s: the quantized network that it was made of.
+    """
     if not available():
         tell_of_simulation()
         return
-    for k, layer in enumerate(h_s_layers(coder.model.h_s)):
+    for k, layer in enumerate(h_s_layers(h_s)):
         if layer.input_range == WIDE:
-            quick = Int8IntegerConvolution(coder.h_s.layers[k], layer)
+            quick = Int8IntegerConvolution(exact.layers[k], layer)
             if quick.largest_sum <= 2**24:
-                coder.h_s.layers[k] = quick
+                exact.layers[k] = quick
 
 
 @functools.cache
@@ -206,38 +221,26 @@ def tell_of_simulation():
     )
 
 
-def faster(network):
-    """g_a, h_a or g_s in its faster form; layers that have none are shared with `network`."""
-    modules = OrderedDict()
-    for name, layer in network.named_children():
-        if isinstance(layer, QuantizedConvolution) and layer.input_range:
-            modules[name] = int8_layer(layer) if available() else layer
-        elif isinstance(layer, GDN):
-            modules[name] = StripGDN(layer)
-        elif getattr(layer, "transposed", False) and layer.out_channels == 3:
-            modules[name] = LastConvolution(layer)
-        else:
-            modules[name] = layer
-    return nn.Sequential(modules)
-
-
 @functools.cache
 def available():
-    """Does this torch have the kernel, and are its sums right where they are largest?
+    """Does this torch have the kernel, and are its sums right where they are largest?"""
+    try:
+        return kernel_is_exact()
+    except (AttributeError, RuntimeError, TypeError):
+        return False
 
-    Without VNNI instructions they saturate.
-    """
-    layer = QuantizedConvolution(
-        nn.ConvTranspose2d(64, 8, 5, stride=2, padding=2, output_padding=1), SIGNED
+
+@torch.no_grad()
+def kernel_is_exact():
+    """Without VNNI instructions its sums saturate."""
+    transposed = nn.utils.skip_init(
+        nn.ConvTranspose2d, 64, 8, 5, stride=2, padding=2, output_padding=1
     )
+    layer = QuantizedConvolution(transposed, SIGNED)
+    layer.weight_scale.fill_(1)
+    layer.weight.fill_(127)
+    layer.weight[::3] = -127
+    layer.bias.zero_()
     x = torch.full((1, 64, 8, 8), 127.0)
     x[:, ::3] = -128
-    with torch.no_grad():
-        layer.weight_scale.fill_(1)
-        layer.weight.fill_(127)
-        layer.weight[::3] = -127
-        layer.bias.zero_()
-        try:
-            return torch.equal(int8_layer(layer)(x), layer(x))
-        except (AttributeError, RuntimeError, TypeError):
-            return False
+    return torch.equal(int8_layer(layer)(x), layer(x))

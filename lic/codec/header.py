@@ -15,6 +15,7 @@ FIELDS = struct.Struct("<4sBHII8s4I")
 CHECKSUMS = struct.Struct("<II")  # of FIELDS and the symbols; of the file but for this last number
 SIZE = FIELDS.size + CHECKSUMS.size  # 47 bytes
 MAX_SYMBOL = 2**30  # |z| and |y - mean| stay below
+MAX_LEVELS = 256  # of a codec: quality, a level times 256, has 16 bits
 
 
 class Header(NamedTuple):
@@ -32,7 +33,7 @@ class Header(NamedTuple):
 
 def pack_file(header, symbols_crc, payload):
     """The whole file. symbols_crc: from `crc_of_symbols`; payload: bytes, of header.lengths."""
-    start = header.fields() + struct.pack("<I", symbols_crc)
+    start = header.fields() + struct.pack("<I", symbols_crc)  # the last checksum covers this, too
     return start + struct.pack("<I", zlib.crc32(payload, zlib.crc32(start))) + payload
 
 

@@ -1,9 +1,9 @@
 """h_s of a quantized codec in exact integers: the same bits on every machine, by construction.
 
-    a = W q + b                                   W: int8 weights, b: integers; q: z_hat, later
-    q = clamp(round(lrelu(a) m), -8224, 57311)    16-bit activations; m: one float64 a channel
+    a = W q + b                                   W: int8 weights, b: integers
+    q = clamp(round(lrelu(a) m), -8224, 57311)    m: one float64 a channel
 
-lrelu(a) is a / 8 below 0, exactly. After the last layer round(a m) is, in its first half, the mean
+q is what a layer reads: z_hat, then 16-bit activations. lrelu(a) is a / 8 below 0, exactly. After the last layer round(a m) is, in its first half, the mean
 in units of 2^-12 and, in its second, the index of the scale's table, clamped to [0, 63]. The sums
 are float64 convolutions: every partial sum is an integer below 2^53, so nothing is ever rounded
 and the order of summation means nothing; a / 8 is exact in binary. The product with m is one IEEE
@@ -31,7 +31,7 @@ MEAN_UNIT = 2.0**-12
 
 def h_s_layers(h_s):
     """The convolutions of h_s, in order."""
-    return [h_s.get_submodule(layer.name.split(".")[1]) for layer in structure.layers_of("h_s")]
+    return [h_s.get_submodule(layer.module) for layer in structure.layers_of("h_s")]
 
 
 @torch.no_grad()
@@ -63,8 +63,8 @@ def freeze_h_s(model):
         sum_unit = input_unit * layer.weight_scale.double().flatten()  # (out,)
         bias = torch.round((layer.bias.double() - output_zero) / sum_unit)
         out_axis, _ = structure.channel_axes(layer)
-        weights = layer.integer_weight().abs().transpose(0, out_axis).flatten(1).sum(1)
-        if not (largest_input * weights + bias.abs() < 2**53).all():
+        sum_of_weights = layer.integer_weight().abs().transpose(0, out_axis).flatten(1).sum(1)
+        if not (largest_input * sum_of_weights + bias.abs() < 2**53).all():
             raise LicError(
                 "the weights of h_s are too large for exact sums; "
                 "quantize again with a smaller --lr"

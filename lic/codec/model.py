@@ -1,9 +1,9 @@
 """The mean-scale hyperprior codec (Minnen, Ballé, Toderici, arXiv:1809.02736, without
 the context model), with every width its own number and one gain vector a rate level.
 
-    x - 0.5 -> g_a -> y * gain[q] -+-> h_a -> z -> round -> z_hat -> h_s -> mean, log scale
-                                   +-> round around mean -> y_hat
-    y_hat * inverse_gain[q] -> g_s -> + 0.5 -> x_hat
+    x - 0.5 -> g_a -> y * gain[level] -+-> h_a -> z -> round -> z_hat -> h_s -> mean, log scale
+                                       +-> round around mean -> y_hat
+    y_hat * inverse_gain[level] -> g_s -> + 0.5 -> x_hat
 
 The layers of the four networks are listed in structure.py.
 
@@ -74,7 +74,7 @@ def network(name, widths):
     modules = OrderedDict()
     for layer in structure.layers_of(name):
         c_in, c_out = channels[layer.reads], channels[layer.makes]
-        modules[layer.name.split(".")[1]] = convolution(layer, c_in, c_out)
+        modules[layer.module] = convolution(layer, c_in, c_out)
         if layer.then:
             modules[layer.then_name.split(".")[1]] = following(layer.then, c_out)
     return nn.Sequential(modules)
@@ -110,8 +110,8 @@ class Codec(nn.Module):
         self.h_a, self.h_s = network("h_a", widths), network("h_s", widths)
         self.prior_z = EntropyBottleneck(widths["z"])
         self.prior_y = GaussianConditional()
-        # At a high rate D ~ step^2, and a step twice as long saves a bit: R = const - 1/2 log2 D.
-        # J is least where dR/dD = -lmbda, so D ~ 1 / lmbda, and the step ~ 1 / sqrt(lmbda).
+        # J = R + lmbda D. At a high rate D ~ step^2, and a step twice as long saves a bit:
+        # R = const - 1/2 log2 D. J is least where dR/dD = -lmbda, so D ~ 1 / lmbda, and the step ~ 1 / sqrt(lmbda).
         start = 0.5 * torch.log(torch.tensor(self.lambdas) / self.lambdas[-1])  # (levels,)
         self.log_gain = nn.Parameter(start[:, None].repeat(1, widths["y"]))  # (levels, M)
         self.log_inverse_gain = nn.Parameter(-start[:, None].repeat(1, widths["y"]))
@@ -152,6 +152,6 @@ class Codec(nn.Module):
             y_coded, z_coded = add_noise(y, part), add_noise(z, part)
         y_bits = self.prior_y.bits(y_coded, mean, log_scale)
         z_bits = self.prior_z.bits(z_coded)
-        # z has its limit in prior_z.bits, a bound whose gradient can still lower the bits
+        # the bits of z are limited in prior_z.bits, by a bound that keeps their gradient
         y_bits = soft_limit(y_bits) if self.training else y_bits.clamp(max=MAX_BITS)
         return Output(x_hat, y_bits.sum((2, 3)), z_bits.sum((2, 3)))

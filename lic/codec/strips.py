@@ -34,7 +34,7 @@ def reach(network):
 
 
 def row_ranges(height, width, side, margin):
-    """(first row, end, first row with margin, end with margin) of each strip, on the coarse side.
+    """(start, end, start with margin, end with margin) of each strip, rows of the coarse side.
 
     height, width: of the coarse side; side: pixels of the picture on the side of a position there.
     """
@@ -53,9 +53,9 @@ def down(name, network, height, width, rows_of):
     """
     side = coarse_side(name)
     parts = []
-    for start, end, first, last in row_ranges(height, width, side, reach(name)):
-        part = network(rows_of(first, last))
-        parts.append(part[:, :, start - first : end - first])
+    for start, end, above, below in row_ranges(height, width, side, reach(name)):
+        part = network(rows_of(above, below))
+        parts.append(part[:, :, start - above : end - above])
     return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
 
@@ -65,10 +65,10 @@ def up(name, network, x):
     network: returns a tuple of tensors; yields such tuples.
     """
     height, width = x.shape[2:]
-    for start, end, first, last in row_ranges(height, width, coarse_side(name), reach(name)):
-        parts = network(x[:, :, first:last])
-        scale = parts[0].shape[2] // (last - first)
-        kept = slice(scale * (start - first), scale * (end - first))
+    for start, end, above, below in row_ranges(height, width, coarse_side(name), reach(name)):
+        parts = network(x[:, :, above:below])
+        scale = parts[0].shape[2] // (below - above)
+        kept = slice(scale * (start - above), scale * (end - above))
         yield tuple(part[:, :, kept] for part in parts)
 
 

@@ -1,6 +1,7 @@
 """The architecture, described once: which layers there are and which channels join them.
 
-LAYERS is the whole mean-scale hyperprior (Minnen, Ballé, Toderici, arXiv:1809.02736, without its
+Four networks: g_a makes y of the image, h_a makes z of y, h_s a mean and a scale for each y of z,
+g_s the image of y (model.py has the diagram). LAYERS is the whole mean-scale hyperprior (Minnen, Ballé, Toderici, arXiv:1809.02736, without its
 context model). All that must know the layers asks here: the model that is built, the parameters
 and multiply-accumulates that are counted, the channels that a cut removes, the range of each
 8-bit input, the loop over the integer h_s. Another architecture is another LAYERS, within what
@@ -28,6 +29,7 @@ What is irregular is in `axes_of_group`: h_s makes two numbers for each channel 
 its scale; y has gains; z has a prior. y alone has two readers. The image is never cut.
 """
 
+import re
 from typing import NamedTuple
 
 IMAGE = "image"  # three channels, read by g_a and made by g_s
@@ -46,6 +48,11 @@ class Layer(NamedTuple):
     @property
     def network(self):
         return self.name.split(".")[0]
+
+    @property
+    def module(self):
+        """Its name within its network: conv1."""
+        return self.name.split(".")[1]
 
     @property
     def then_name(self):
@@ -82,7 +89,7 @@ PRIOR_PARAMETERS = 43  # a channel of z: 24 + 10 + 9 in entropy.EntropyBottlenec
 class Group(NamedTuple):
     made_by: str  # name of a layer
     gdn: str | None  # the GDN that normalises it
-    used_by: list  # names of the layers that read it; errors are judged at the first, y's in g_s
+    used_by: list  # names of the layers that read it: of y g_s.conv1, where its errors show, first
 
 
 def layers_of(network):
@@ -105,10 +112,17 @@ def groups():
 
 def check_layers():
     """Raise ValueError if LAYERS holds what the rest of the code does not know."""
-    then = {layer.makes: layer.then for layer in LAYERS}
+    follows = {"g_a": "gdn", "g_s": "igdn", "h_a": "lrelu", "h_s": "lrelu"}
+    made = [layer.makes for layer in LAYERS]
     readers = [layer.reads for layer in LAYERS]
     names = [layer.name for layer in LAYERS]
     for layer in LAYERS:
+        if not re.fullmatch(r"(g_a|g_s|h_a|h_s)\.conv\d+", layer.name):
+            raise ValueError(f"{layer.name}: a layer is called NETWORK.convN")
+        if layer.kernel % 2 == 0 or names.count(layer.name) > 1:
+            raise ValueError(f"{layer.name}: an odd kernel, and one layer of a name")
+        if layer.kind not in ("conv", "deconv"):
+            raise ValueError(f"{layer.name}: {layer.kind} is neither conv nor deconv")
         if layer.kind == "deconv" and (layer.kernel, layer.stride) != (5, 2):
             raise ValueError(
                 f"{layer.name}: a transposed convolution is 5x5 with stride 2 (PHASES)"
@@ -116,17 +130,16 @@ def check_layers():
         if layer.makes in (IMAGE, MEAN_AND_SCALE, "y", "z"):
             if layer.then:
                 raise ValueError(f"{layer.name}: nothing follows what makes {layer.makes}")
-        elif layer.network[0] == "h" and layer.then != "lrelu":
-            raise ValueError(f"{layer.name}: within h_a and h_s a layer is followed by lrelu")
-        elif layer.network[0] == "g" and layer.then not in ("gdn", "igdn"):
-            raise ValueError(f"{layer.name}: within g_a and g_s a layer is followed by GDN or IGDN")
-        if layer.reads != IMAGE and layer.reads not in then:
+        elif layer.then != follows[layer.network]:
+            raise ValueError(
+                f"{layer.name}: within {layer.network} a layer is followed by "
+                f"{follows[layer.network]}"
+            )
+        if layer.reads != IMAGE and layer.reads not in made:
             raise ValueError(f"{layer.name} reads {layer.reads}, which no layer makes")
-        if layer.kernel % 2 == 0 or names.count(layer.name) > 1:
-            raise ValueError(f"{layer.name}: an odd kernel, and one layer of a name")
     for group in groups():
-        if group != "y" and readers.count(group) != 1:
-            raise ValueError(f"{group}: one layer must read it; only y has two readers")
+        if readers.count(group) != (2 if group == "y" else 1):
+            raise ValueError(f"{group}: one layer must read it, two of y: one in g_s, one in h_a")
     sizes = positions()
     if sizes[IMAGE] != 1 or sizes[MEAN_AND_SCALE] != sizes["y"]:
         raise ValueError("g_s must give the image its size back, and h_s give y's")

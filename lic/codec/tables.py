@@ -68,7 +68,7 @@ def tables_of(cdf, count):
 
 
 def smallest_integer(condition, count):
-    """Smallest v in [-REACH, REACH] from which on condition(v) holds, by bisection: (count,).
+    """Smallest v from -REACH on at which condition(v) holds, at most REACH, by bisection: (count,).
 
     condition: (count,) integers -> (count,) bool; where it is true, so it is for all larger ones.
     """

@@ -6,7 +6,8 @@
     "timing"        what a layer takes, as timing.time_layers gives it, or null
     "method", "importance", "target", "of", "untouched": what was asked for; "sparsity": what came
                     of it
-    "crops", "crop" how many crops of which side it was measured on; prune.py cuts with the same
+    "crops", "crop" how many crops of which side it was measured on; prune.py takes as many
+    "images"        search.images_digest of these crops; "amp": whether in bf16
     "lambdas"; "J", "J_zeros", "J_folded": J a level, dense, cut, and cut and folded
 
 Whoever reads one checks it first: `load_plan`.
@@ -21,7 +22,7 @@ from lic.files import UNREADABLE, LicError, read_bytes, write_bytes
 
 FORMAT = "lic plan"
 # what a reader asks for, beside what is_plan looks into
-KEYS = ["method", "importance", "target", "of", "alpha", "ratio", "sparsity"]
+KEYS = ["method", "importance", "target", "of", "alpha", "ratio", "sparsity", "amp", "images"]
 
 
 def save_plan(path, plan):
@@ -29,7 +30,7 @@ def save_plan(path, plan):
     try:
         text = json.dumps({"format": FORMAT} | plan, indent=1, allow_nan=False)
     except ValueError as error:
-        raise LicError("J is not finite: the weights of this codec are not usable") from error
+        raise LicError("a figure of the plan is not finite; are the weights usable?") from error
     write_bytes(path, text.encode())
 
 
@@ -38,20 +39,14 @@ def is_plan(plan):
     if plan["format"] != FORMAT or not isinstance(plan["baseline"], str):
         return False
     lambdas = plan["lambdas"]
-    if not lambdas or lambdas != sorted(set(lambdas)):
+    if not lambdas or lambdas != sorted(set(lambdas)) or bool in map(type, lambdas):
         return False
     if not (0 < lambdas[0] and lambdas[-1] < math.inf):
         return False
     if not plan["keep"].keys() == plan["widths"].keys() == structure.groups().keys():
         return False
-    for row in (plan["sensitivity"] or {}).values():
-        if not all(width.isdigit() and isinstance(zeta, float) for width, zeta in row.items()):
-            return False
-    if plan["sensitivity"] and plan["sensitivity"].keys() != structure.groups().keys():
-        return False
-    for group in structure.groups():
-        keep = plan["keep"][group]
-        if any(type(index) is not int for index in keep):
+    for group, keep in plan["keep"].items():
+        if {type(number) for number in [*keep, plan["widths"][group]]} != {int}:
             return False
         if keep != sorted(set(keep)) or keep[0] < 0 or len(keep) != plan["widths"][group]:
             return False
@@ -59,6 +54,19 @@ def is_plan(plan):
     if type(crops) is not int or type(crop) is not int or crops < 1 or crop < 1:
         return False
     return crop % structure.total_stride() == 0 and plan.keys() >= set(KEYS)
+
+
+def sensitivity_of(plan):
+    """{group: {width: zeta}}, widths as integers, or None. Raises UNREADABLE if it is no such."""
+    if plan["sensitivity"] is None:
+        return None
+    table = {}
+    for group in structure.groups():
+        row = plan["sensitivity"][group]
+        table[group] = {int(width): float(zeta) for width, zeta in row.items()}
+        if not row or min(table[group]) < 1 or not all(map(math.isfinite, table[group].values())):
+            raise ValueError(f"no sensitivities of {group}")
+    return table
 
 
 def cut_fingerprint(plan):
@@ -75,6 +83,7 @@ def load_plan(path, baseline=None, widths=None):
     try:
         plan = json.loads(read_bytes(path))
         complete = is_plan(plan)
+        plan["sensitivity"] = sensitivity_of(plan)
     except UNREADABLE:
         complete = False
     if not complete:

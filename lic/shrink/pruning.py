@@ -31,11 +31,12 @@ def narrow(model, keep, statistics=None):
     for group, indices in keep.items():
         for name, axis, copies in structure.axes_of_group(model, group):
             kept = torch.cat([indices + copy * widths[group] for copy in range(copies)])
-            # a copy: a view would save its whole storage
             state[name] = state[name].index_select(axis, kept)
     widths = widths | {group: len(indices) for group, indices in keep.items()}
-    narrowed = Codec(model.config | {"widths": widths}).to(model.log_gain.dtype)
-    narrowed.load_state_dict(state)
+    with torch.device("meta"):  # without weights: all are copied
+        narrowed = Codec(model.config | {"widths": widths})
+    copies = {name: tensor.clone() for name, tensor in state.items()}
+    narrowed.load_state_dict(copies, assign=True)
     return narrowed.to(memory_format=torch.channels_last).eval()
 
 

@@ -43,9 +43,9 @@ def clipped_inputs():
 def input_scales(model, x, clipped=None):
     """Scales of the inputs of a float model's layers over images, at every level: {layer: ()}.
 
-    x: (B, 3, H, W). clipped: the layers whose scale has the least squared error, by default
-    `clipped_inputs`. In the others it holds the largest value, in those of 16 bits twice that; the
-    largest value is one of a few images', so x should be some hundred images.
+    x: (B, 3, H, W), some hundred images: the largest value is one image's. clipped: the layers
+    whose scale has the least squared error (by default `clipped_inputs`); an 8-bit scale of the
+    others just holds the largest value, a 16-bit one twice that.
     """
     clipped = clipped_inputs() if clipped is None else clipped
     ranges = {name: limits for name, limits in input_ranges().items() if limits}
@@ -55,12 +55,13 @@ def input_scales(model, x, clipped=None):
 
     scales = {}
     for name, parts in layer_inputs(model, x, ranges, summary).items():
-        samples, extremes = (torch.cat(column)[None] for column in zip(*parts))  # (1, values)
         low, high = ranges[name]
         if name in clipped:
-            scale = least_error_scale(samples, low, high)[0]
+            samples = torch.cat([sampled for sampled, _ in parts])
+            scale = least_error_scale(samples[None], low, high)[0]
         else:
-            scale = largest_scale(extremes, low, high)[0]
+            extremes = torch.cat([least_and_largest for _, least_and_largest in parts])
+            scale = largest_scale(extremes[None], low, high)[0]
         scales[name] = 2 * scale if ranges[name] == WIDE else scale
     return scales
 

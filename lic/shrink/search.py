@@ -15,7 +15,7 @@ ratio for all.
 
 A plan is {group: width}; groups that it does not name stay as they are. Two arguments below judge
 one: `rise` gives the relative rise of J, averaged over the levels, when its groups are narrowed
-together; `share` gives S, `shares` several such.
+together; `share` gives S.
 """
 
 import math
@@ -48,8 +48,8 @@ def sparsity(config, widths, cost=None):
     return removed
 
 
-def sensitivities(config, rise, report=print):
-    """zeta of each group and candidate width, a group at a time: {group: {width: zeta}}."""
+def sensitivities(config, rise):
+    """zeta of each group and candidate width, {group: {width: zeta}}; prints it group by group."""
     table = {}
     for group, full in config["widths"].items():
         table[group] = {full: 0.0}
@@ -58,7 +58,7 @@ def sensitivities(config, rise, report=print):
             if width < full:
                 table[group][width] = rise({group: width})
         row = "".join(f"{width:5}:{100 * zeta:+8.2f}%" for width, zeta in table[group].items())
-        report(f"{group:6}{row}")
+        print(f"{group:6}{row}")
     return table
 
 
@@ -157,22 +157,21 @@ def uniform_widths(full, share, target):
     return best
 
 
-def evolve(rise, shares, start, full, tries, rng, report=print):
+def evolve(rise, share, start, full, tries, rng):
     """Widths of the least rise found in `tries` tries of plans that remove as much as `start` does.
 
     Each try crosses two of the best plans group by group, moves two groups by one to three
     multiples, then narrows groups until as much is removed as by `start`, and widens them while it
-    still is; a plan that was there before is not measured again. `shares` takes a plan and gives an
-    array of what it removes, say of parameters and of multiply-accumulates: none may be less.
+    still is; a plan that was there before is not measured again.
     full: {group: width before}, of the groups that may be narrowed.
 
     After Real et al., "Regularized evolution for image classifier architecture search",
     arXiv:1802.01548, but with crossover, and the best are kept, none dies of age.
     """
-    groups, required = list(start), shares(start)
+    groups, required = list(start), share(start)
     population = [(rise(start), start)]
     seen = {tuple(start.values())}
-    report(f"try 0: rise of J {population[0][0]:+.2%}")
+    print(f"try 0: rise of J {population[0][0]:+.2%}")
     for number in range(1, tries + 1):
         _, a = population[rng.integers(len(population))]
         _, b = population[rng.integers(len(population))]
@@ -182,7 +181,7 @@ def evolve(rise, shares, start, full, tries, rng, report=print):
             child[group] = parent[group]
         for group in rng.choice(groups, min(2, len(groups)), replace=False):
             child[group] += MULTIPLE * int(rng.choice([-3, -2, -1, 1, 2, 3]))
-        fit_shares(child, shares, full, required, rng)
+        fit_share(child, share, full, required, rng)
         if tuple(child.values()) in seen:
             continue
         seen.add(tuple(child.values()))
@@ -190,23 +189,23 @@ def evolve(rise, shares, start, full, tries, rng, report=print):
         population.sort(key=lambda member: member[0])
         population = population[:POPULATION]
         if population[0][1] is child:
-            report(f"try {number}: rise of J {population[0][0]:+.2%}")
+            print(f"try {number}: rise of J {population[0][0]:+.2%}")
     return population[0][1]
 
 
-def fit_shares(widths, shares, full, required, rng):
-    """Change a plan, in place, so that it removes the shares `required`.
+def fit_share(widths, share, full, required, rng):
+    """Change a plan, in place, so that it removes at least the share `required`.
 
     Random groups are narrowed until it does, then groups widened while it still does.
     """
     for group, width in widths.items():
         widths[group] = min(full[group], max(MULTIPLE, width))
-    while (shares(widths) < required).any():
+    while share(widths) < required:
         group = rng.choice([group for group in widths if widths[group] > MULTIPLE])
         widths[group] = max(MULTIPLE, widths[group] - MULTIPLE)
     for group in rng.permutation(list(widths)):
         while widths[group] < full[group]:
             wider = min(full[group], widths[group] + MULTIPLE)
-            if (shares(widths | {group: wider}) < required).any():
+            if share(widths | {group: wider}) < required:
                 break
             widths[group] = wider

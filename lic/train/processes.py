@@ -70,9 +70,9 @@ def join_group():
 
 
 def same_start(model, optimizer, step):
-    """Give all processes the weights of process 0; raises LicError if one is at another step.
+    """Give all processes the weights of process 0, and the optimizer's logarithms of scales.
 
-    And what the optimizer derives from them, the logarithms of scales.
+    Raises LicError if one of them is at another step.
     """
     if process_count() == 1:
         return
@@ -112,7 +112,7 @@ def average_gradients(model, interrupted):
 
 
 def wait_for_all():
-    """Until process 0 has saved: torchrun ends it soon after another one has ended."""
+    """Wait until process 0 has saved: if another process ended before, torchrun would end it."""
     if process_count() > 1:
         with nobody_lost():
             distributed.barrier()

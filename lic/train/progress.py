@@ -4,10 +4,9 @@ import time
 
 
 class Progress:
-    """Averages what a loop reports and prints it about every ten seconds.
+    """Prints the means of what a loop reports, and the time left, about every ten seconds.
 
-    With the time left at the pace since the line before. steps: of the whole loop; done: where it
-    starts.
+    Means and pace are those since the line before. steps: of the whole loop; done: where it starts.
     """
 
     def __init__(self, steps, done=0):

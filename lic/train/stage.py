@@ -39,8 +39,8 @@ def add_training_arguments(parser, steps, lr, out):
     add("--out", default=out, help=f"checkpoint to write (default: {out})")
     add("--resume", action="store_true",
         help="go on from OUT.state, with as many threads exactly as if never stopped; options that "
-        "are not given are as they were; the rate may be smaller, and the number of steps "
-        "another before the rate declines")
+        "are not given are as they were; the rate may be smaller, and of a run of 14,000 steps or "
+        "more, before its rate declines, the number of steps another, 14,000 or more")
     add("--finish", action="store_true",
         help="once resumed, take no more steps: write the checkpoint")
     add("--overwrite", action="store_true", help="replace OUT, and a stopped run's OUT.state")

@@ -62,9 +62,10 @@ def state_path(out):
 def load_state(path, model, optimizer, settings, any_images=False):
     """Restore model and optimizer in place; returns the number of steps already done.
 
-    Raises LicError if a setting is another than it was: but the rate may be smaller, and the number
-    of steps may change while the rate does not depend on it. A folder of the same photographs may
-    have another name; any_images: they may be others.
+    Raises LicError if a setting is another than it was, except:
+    - the rate may be smaller;
+    - the number of steps may change while the rate does not depend on it (schedule.milestones);
+    - a folder of the same photographs may have another name; with any_images they may be others.
     """
     state = read_state(path, f"{path} holds no training state; start without --resume")
     done, made_with = state["step"], state["settings"]
