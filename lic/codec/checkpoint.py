@@ -18,9 +18,8 @@ import torch
 
 from lic.codec.ans import PRECISION
 from lic.codec.eight_bits import pack, quantize_layers, unpack
-from lic.codec.entropy import SCALE_LEVELS
 from lic.codec.model import Codec
-from lic.codec.tables import Tables
+from lic.codec.tables import Tables, numbers_of_tables
 from lic.files import UNREADABLE, LicError, read_tensors, write_tensors
 
 FORMAT, VERSION = "lic checkpoint", 2  # version 1 had ReLUs in the hyper networks
@@ -183,8 +182,7 @@ def load_checkpoint(path, stages=None):
             quantize_layers(model, float_inputs=float_inputs)
         model.load_state_dict(state_dict)
         checkpoint["tables"] = {
-            "z": table_of(tables["z"], config["widths"]["z"]),
-            "y": table_of(tables["y"], SCALE_LEVELS),
+            kind: table_of(tables[kind], count) for kind, count in numbers_of_tables(config).items()
         }
     except UNREADABLE as error:
         raise LicError(

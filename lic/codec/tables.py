@@ -25,9 +25,14 @@ class Tables(NamedTuple):
     offsets: np.ndarray  # (T,) int32, the integer that entry 0 stands for
 
 
+def numbers_of_tables(config):
+    """How many tables a codec has: for z one a channel, for y one a scale."""
+    return {"z": config["widths"]["z"], "y": SCALE_LEVELS}
+
+
 @torch.no_grad()
 def build_tables(model):
-    """The coder's tables for z (one a channel) and y (one a scale): {"z": Tables, "y": Tables}.
+    """The coder's tables for z and y: {"z": Tables, "y": Tables}.
 
     Called once, when a checkpoint is saved. The tables travel with the weights because a decoder
     that computes them anew on another machine may round a count the other way.
@@ -44,10 +49,8 @@ def build_tables(model):
     def cdf_y(v):  # (SCALE_LEVELS, N)
         return (0.5 * torch.erfc(-torch.from_numpy(v) / scales * 0.5**0.5)).numpy()
 
-    return {
-        "z": tables_of(cdf_z, model.config["widths"]["z"]),
-        "y": tables_of(cdf_y, SCALE_LEVELS),
-    }
+    cdfs, counts = {"z": cdf_z, "y": cdf_y}, numbers_of_tables(model.config)
+    return {kind: tables_of(cdfs[kind], count) for kind, count in counts.items()}
 
 
 def tables_of(cdf, count):
