@@ -14,6 +14,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from lic.codec.checkpoint import load_checkpoint
+from lic.codec.entropy import MAX_BITS
 from lic.images import fixed_crops
 from lic.photographs import load_images
 from lic.train.loss import rate_distortion
@@ -28,8 +29,9 @@ prior_bits, seen = model.prior_y.bits, []
 
 
 def kept_bits(*arguments):
-    seen.append(prior_bits(*arguments))  # (16, M, 8, 8)
-    return seen[-1]
+    bits = prior_bits(*arguments)  # (16, M, 8, 8)
+    seen.append(bits.clamp(max=MAX_BITS))  # as in Codec.forward
+    return bits
 
 
 model.prior_y.bits = kept_bits
