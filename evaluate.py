@@ -196,8 +196,25 @@ def show_checkpoint(result):
         )
 
 
-def main():
-    args = parse_args()
+def show_classical(name, rows):
+    print(f"\n{name}\n  quality     bpp   PSNR dB   MS-SSIM")
+    for row in rows:
+        print(f"  {row['quality']:<8} {row['bpp']:7.4f} {row['psnr']:9.3f} {row['ms_ssim']:9.4f}")
+
+
+def add_bd_rates(checkpoints):
+    """The BD-rates of each checkpoint against the first, in its dict."""
+    anchor = checkpoints[0]["levels"]
+    for result in checkpoints:
+        levels = result["levels"]
+        result["bd_rate_percent"], _ = bd_rate(points(anchor), points(levels))
+        result["ms_ssim_bd_rate_percent"], _ = bd_rate(
+            ms_ssim_points(anchor), ms_ssim_points(levels)
+        )
+
+
+def check(args):
+    """Raise LicError for what would fail after hours of measuring."""
     if args.held_out and not args.data:
         raise LicError("--held-out needs --data, the folder that training used")
     for path, suffix in ((args.json, ".json"), (args.plot, ".png")):
@@ -205,12 +222,9 @@ def main():
             inputs = [*args.checkpoints, args.data, args.published]
             claim_output(path, suffix, args.overwrite, filter(None, inputs))
     if args.plot:
-        import_pyplot()  # refuse now rather than at the end
-    if args.device == "cuda":
-        choose_gpu()
-    published = load_published(args.published) if args.published else {}
+        import_pyplot()
     for path in args.checkpoints:
-        _, meta = load_checkpoint(path)  # refuse a bad one before measuring the others
+        _, meta = load_checkpoint(path)
         folders = {entry["arguments"].get("validation") for entry in meta["lineage"]} - {None}
         if args.held_out and folders:
             print(
@@ -218,6 +232,14 @@ def main():
                 "saw what --held-out chooses; give that folder as --data",
                 file=sys.stderr,
             )
+
+
+def main():
+    args = parse_args()
+    check(args)
+    published = load_published(args.published) if args.published else {}
+    if args.device == "cuda":
+        choose_gpu()
     files = [*args.checkpoints, args.data, args.published, args.json, args.plot]
     record = Record(args.record, filter(None, files))
     images = images_of(args)
@@ -237,22 +259,10 @@ def main():
             show_checkpoint(result)
     classical = measure_classical(images, args.workers)
     for name, rows in classical.items():
-        print(f"\n{name}\n  quality     bpp   PSNR dB   MS-SSIM")
-        for row in rows:
-            print(
-                f"  {row['quality']:<8} {row['bpp']:7.4f} {row['psnr']:9.3f} {row['ms_ssim']:9.4f}"
-            )
-
-    anchor = checkpoints[0]["levels"]
-    for result in checkpoints:
-        levels = result["levels"]
-        result["bd_rate_percent"], _ = bd_rate(points(anchor), points(levels))
-        result["ms_ssim_bd_rate_percent"], _ = bd_rate(
-            ms_ssim_points(anchor), ms_ssim_points(levels)
-        )
+        show_classical(name, rows)
+    add_bd_rates(checkpoints)
     ours = {name_of(result): points(result["levels"]) for result in checkpoints}
     others = {name: points(rows) for name, rows in classical.items()} | published
-
     if args.json:
         document = {
             "images": len(images),

@@ -1,11 +1,13 @@
-"""Search how many channels each of the codec's twelve groups may keep.
+"""Search how many channels each group of a codec may keep.
 
     python search.py                                        after python train.py
     python search.py --checkpoint runs/small.pt --data photos/ --amp --target 0.6 --of macs
 
-Prints the sensitivity of J to each group, narrows first what costs least for what it removes, until
-the target share of parameters and multiply-accumulates is gone, and writes plan.json for prune.py.
---method threshold searches as in the paper: one threshold on the sensitivities of all.
+A group is the channels that one layer makes and others read; J is the loss of training, bits a
+pixel plus lambda times the squared error. Prints the sensitivity of J to each group, narrows first
+what costs least for what it removes, until the target share of parameters and multiply-accumulates
+is gone, and writes plan.json for prune.py. --method threshold searches as in the paper: one
+threshold on the sensitivities of all.
 """
 
 import lic.interrupt  # first: from here on Ctrl-C ends with one line
