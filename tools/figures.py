@@ -100,6 +100,50 @@ def grey(axes, values, title, limit=None):
 # the photograph's way through the codec
 
 
+def architecture(walk, pyplot):
+    """The layers and what each makes: the encoder above, the decoder below, from right to left."""
+    full = load_checkpoint(CHECKPOINTS / "dense.pt")[0].config["widths"]
+    width, where = walk.coder.model.config["widths"], structure.positions()
+    above = ["image", "g_a.1", "g_a.2", "g_a.3", "y", "h_a.1", "h_a.2", "z"]
+    below = ["x_hat", "g_s.3", "g_s.2", "g_s.1", "y_hat", "h_s.2", "h_s.1", "z_hat"]
+    same_size = {"x_hat": "image", "y_hat": "y", "z_hat": "z"}
+    figure, axes = pyplot.subplots(figsize=(11, 4.4), layout="constrained")
+    for row, names in ((1.0, above), (-1.0, below)):
+        for column, name in enumerate(names):
+            group = same_size.get(name, name)
+            height = 0.95 + 0.12 * np.log2(where[group]) / 2  # 0.12 less where sides are halved
+            colour = "white" if group == "image" else "lightsteelblue"
+            axes.add_patch(pyplot.Rectangle(
+                (column - 0.17, row - height / 2), 0.34, height, facecolor=colour, edgecolor="black"
+            ))  # fmt: skip
+            channels = f"{width[group]} of {full[group]}" if group in width else "3"
+            side = round(where[group] ** -0.5)
+            axes.text(column, row + 0.62, name, ha="center", fontsize=9, weight="bold")
+            axes.text(column, row - 0.62, channels, ha="center", va="top", fontsize=8)
+            axes.text(column, row, f"1/{side}" if side > 1 else "1", ha="center", va="center",
+                      fontsize=8)  # fmt: skip
+    column_of = {name: column for row in (above, below) for column, name in enumerate(row)}
+    for layer in structure.LAYERS:
+        decoding = layer.network in ("g_s", "h_s")
+        reads = f"{layer.reads}_hat" if decoding and layer.reads in ("y", "z") else layer.reads
+        makes = {structure.IMAGE: "x_hat", structure.MEAN_AND_SCALE: "y_hat"}.get(
+            layer.makes, layer.makes
+        )
+        start, end, row = column_of[reads], column_of[makes], -1.0 if decoding else 1.0
+        step = 0.2 if end > start else -0.2
+        axes.annotate("", (end - step, row), (start + step, row), arrowprops={"arrowstyle": "->"})
+        middle, text = (start + end) / 2, f"{layer.module}\n{layer.kernel}x{layer.kernel}"
+        axes.text(middle, row + 0.05, text, ha="center", fontsize=7)
+        axes.text(middle, row - 0.08, layer.then or "", ha="center", va="top", fontsize=7)
+    for column, text in ((4, "y - mean, rounded"), (7, "rounded")):
+        axes.annotate("", (column, -0.3), (column, 0.3), arrowprops={"arrowstyle": "->"})
+        axes.text(column + 0.08, 0, f"{text}:\nto the file", va="center", fontsize=8)
+    axes.text(4.5, -1.08, "mean,\nscale", ha="center", va="top", fontsize=7)
+    axes.set(xlim=(-0.4, 7.9), ylim=(-1.9, 1.8))
+    axes.axis("off")
+    save(figure, "architecture")
+
+
 def latents(walk, pyplot):
     """The photograph and the channels of y that vary most."""
     figure = pyplot.figure(figsize=(11, 4.6), layout="constrained")
@@ -537,7 +581,7 @@ def effort_curves(walk, pyplot):
     save(figure, "effort_bits", all_colours=True)
 
 
-FIGURES = (latents, steps, hyperprior, bits, table, units, error, sensitivity, widths, fold,
+FIGURES = (architecture, latents, steps, hyperprior, bits, table, units, error, sensitivity, widths, fold,
            rounding, eight_bits, crops, results, plans, effort_curves)  # fmt: skip
 
 
