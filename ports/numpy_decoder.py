@@ -1,6 +1,6 @@
 """The whole decoder in NumPy and constriction, written from docs/bitstream.md and docs/porting.md.
 
-    python -m lic export codec.npz --checkpoint checkpoints/pruned.pt
+    python -m lic export codec.npz          the codec that `python -m lic compress` takes
     python ports/numpy_decoder.py codec.npz photo.lic photo.png
 
 No torch and nothing of lic: what a port to another framework has to do, at one place and slowly.

@@ -44,15 +44,16 @@ class Interrupted(LicError):
 
 def run_settings(model, train, args, origin):
     """What --resume must find unchanged: plain values, each by the name that a refusal gives it."""
-    return {
-        **{key: vars(args)[key] for key in ("steps", "batch", "crop", "lr", "amp", "seed")},
+    options = ("steps", "batch", "crop", "lr", "amp", "seed")
+    settings = {option: vars(args)[option] for option in options}
+    settings |= {
         "data": args.data and Path(args.data).resolve().name,
         "images": hashlib.sha256(b"".join(train.digests)).hexdigest(),
         "config": model.config,
         "quantization": model.quantization,
         "recipe": RECIPE,
-        **origin,
     }
+    return settings | origin
 
 
 @told_once()
@@ -82,13 +83,13 @@ def fit(model, train, held_out, args, **origin):
     first = load_state(path, model, optimizer, settings, any_images) if args.resume else 0
     same_start(model, optimizer, first)
     lambdas = torch.tensor(model.lambdas, device=args.device)
-    weights = level_weights(model.lambdas).to(args.device)
+    level_weight = level_weights(model.lambdas).to(args.device)
     if not args.resume and rank() == 0:  # an older run's state is not what this one goes on from
         Path(path).unlink(missing_ok=True)
     last = first if args.finish else args.steps
     part = (rank(), process_count())
     batches = batches_of(range(first, last), train, len(lambdas), args, part)
-    progress, latest = Progress(args.steps, first), None
+    progress, before = Progress(args.steps, first), None
     with signals_kept() as received:
         for step, (noise, pixels, level) in enumerate(batches, first):
             torch.manual_seed(noise)
@@ -99,7 +100,7 @@ def fit(model, train, held_out, args, **origin):
             with torch.autocast(x.device.type, torch.bfloat16, enabled=args.amp):
                 out = forward(x, level.float(), part)
             J, y_bpp, z_bpp, mse = rate_distortion(out, x, lambdas[level])
-            loss = (weights[level] * J).mean()
+            loss = (level_weight[level] * J).mean()
             loss.backward()
             interrupted = average_gradients(model, received)
             norm = optimizer.step(learning_rate(step, args.steps, args.lr))
@@ -108,14 +109,15 @@ def fit(model, train, held_out, args, **origin):
                 progress.update(loss=loss, bpp_y=y_bpp.mean(), bpp_z=z_bpp.mean(), psnr=psnr.mean())
 
             done = step + 1
+            outcome = Outcome(step, loss.detach(), norm, interrupted)
             # a GPU would have to be waited for: what the step before gave is known by now
-            previous, latest = latest, Outcome(step, loss.detach(), norm, interrupted)
-            stopping = previous is not None and previous.must_stop(path)
+            stopping = before is not None and before.is_interrupted(path)
             if stopping or done == args.steps or done % args.save_every == 0:
-                stopping = latest.must_stop(path) or stopping  # raises: what is spoilt stays out
+                stopping = outcome.is_interrupted(path) or stopping
                 if rank() == 0:
                     save(model, optimizer, held_out, done, settings, args)
                 wait_for_all()
+            before = outcome
             if stopping:
                 raise Interrupted(f"interrupted after step {done}; go on with --resume")
     leave_group()
@@ -145,8 +147,8 @@ class Outcome:
         if self.arrival:
             self.arrival.record()
 
-    def must_stop(self, path):
-        """Was any process interrupted? Raises LicError if the step has spoilt the weights.
+    def is_interrupted(self, path):
+        """Was any process? Raises LicError if the step has spoilt the weights: so none are saved.
 
         path: of the last save, to go on from.
         """
