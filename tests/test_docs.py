@@ -114,7 +114,7 @@ def commands():
             lines += block.splitlines()
         for line in lines:
             for script, options in re.findall(
-                r"python ((?:tools/)?\w+\.py|-m lic)\b([^&`;|]*)", line
+                r"python ((?:tools/)?\w+\.py|-m lic)(?![\w.])([^&`;|]*)", line
             ):
                 yield page.name, script, options
 
