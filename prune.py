@@ -84,7 +84,6 @@ def main():
     held_out = fixed_crops(validation, HELD_OUT_CROPS, args.crop)  # (16, 3, crop, crop), or fewer
     metrics = {"held_out_J_before": mean_loss(model, held_out).tolist()}
 
-    about_plan = {}
     if plan:
         dense = model.config
         model, J_cut = cut(model, plan, train)
@@ -98,8 +97,6 @@ def main():
             f"kMAC/pixel {before:.2f} -> {after:.2f}"
         )
         metrics["held_out_J_cut"] = mean_loss(model, held_out).tolist()
-        recorded = ("method", "importance", "target", "of", "alpha", "ratio", "widths", "sparsity")
-        about_plan["plan"] = {key: plan[key] for key in recorded} | {"J_cut": J_cut}
     begun_with = {"checkpoint": meta["fingerprint"], "plan": plan and cut_fingerprint(plan)}
     steps = fit(model, train, held_out, args, **begun_with)
     if rank() > 0:  # of several processes, which all have the same codec, the first writes it
@@ -108,7 +105,10 @@ def main():
 
     for name, J in metrics.items():
         print(f"{name:20}", *(f"{v:.4f}" for v in J))
-    stage, metrics = "control" if args.control else "prune", metrics | about_plan
+    if plan:
+        recorded = ("method", "importance", "target", "of", "alpha", "ratio", "widths", "sparsity")
+        metrics["plan"] = {key: plan[key] for key in recorded} | {"J_cut": J_cut}
+    stage = "control" if args.control else "prune"
     save_checkpoint(args.out, model, build_tables(model), stage, vars(args), steps, meta, metrics)
     out = quoted(args.out)
     if args.control:

@@ -141,7 +141,7 @@ class Cutter:
 
 
 def outcome(widths, cutter, sparsity):
-    """What a plan holds of its widths, {group: channels} of all groups, and of what comes of them."""
+    """What a plan holds of its widths, {group: channels} of all groups, and what comes of them."""
     return {
         "widths": widths,
         "keep": {group: kept.tolist() for group, kept in cutter.kept(widths).items()},

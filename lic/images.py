@@ -2,7 +2,8 @@
 
 An image is a NumPy array (H, W, 3), uint8, RGB. One in sixteen is held out for validation: which,
 its pixels decide, so that a photograph stays on its side whatever is added to its folder (only
-where that holds out none, it is the one of the least digest). photographs.py decodes a folder once for all runs.
+where that holds out none, it is the one of the least digest). photographs.py decodes a folder once
+for all runs.
 
 Dead leaves: overlapping textured discs whose radii follow a power law have the scale
 invariance and the edges of natural images (Lee, Mumford, Huang, "Occlusion models for

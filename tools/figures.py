@@ -304,7 +304,7 @@ def error(walk, pyplot):
 
 
 def sensitivity(walk, pyplot):
-    """zeta of each group of dense.pt, and the widths that alpha chooses for 40 %: docs/plan.json."""
+    """zeta of each group of dense.pt, and the widths that alpha chooses: docs/plan.json."""
     plan = json.loads((ROOT / "docs/plan.json").read_text())
     dense = load_checkpoint(CHECKPOINTS / "dense.pt")[0].config["widths"]
     figure, panels = pyplot.subplots(
@@ -581,8 +581,8 @@ def effort_curves(walk, pyplot):
     save(figure, "effort_bits", all_colours=True)
 
 
-FIGURES = (architecture, latents, steps, hyperprior, bits, table, units, error, sensitivity, widths, fold,
-           rounding, eight_bits, crops, results, plans, effort_curves)  # fmt: skip
+FIGURES = (architecture, latents, steps, hyperprior, bits, table, units, error, sensitivity, widths,
+           fold, rounding, eight_bits, crops, results, plans, effort_curves)  # fmt: skip
 
 
 def main():

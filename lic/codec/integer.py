@@ -3,11 +3,12 @@
     a = W q + b                                   W: int8 weights, b: integers
     q = clamp(round(lrelu(a) m), -8224, 57311)    m: one float64 a channel
 
-q is what a layer reads: z_hat, then 16-bit activations. lrelu(a) is a / 8 below 0, exactly. After the last layer round(a m) is, in its first half, the mean
-in units of 2^-12 and, in its second, the index of the scale's table, clamped to [0, 63]. The sums
-are float64 convolutions: every partial sum is an integer below 2^53, so nothing is ever rounded
-and the order of summation means nothing; a / 8 is exact in binary. The product with m is one IEEE
-multiplication of known operands, rounded half to even: the same everywhere, too.
+q is what a layer reads: z_hat, then 16-bit activations. lrelu(a) is a / 8 below 0, exactly. After
+the last layer round(a m) is, in its first half, the mean in units of 2^-12 and, in its second, the
+index of the scale's table, clamped to [0, 63]. The sums are float64 convolutions: every partial sum
+is an integer below 2^53, so nothing is ever rounded and the order of summation means nothing; a / 8
+is exact in binary. The product with m is one IEEE multiplication of known operands, rounded half to
+even: the same everywhere, too.
 
 Jacob et al., "Quantization and training of neural networks for efficient integer-arithmetic-only
 inference", arXiv:1712.05877, with a float64 multiplier in the place of their fixed-point one; for

@@ -110,8 +110,8 @@ class Codec(nn.Module):
         self.h_a, self.h_s = network("h_a", widths), network("h_s", widths)
         self.prior_z = EntropyBottleneck(widths["z"])
         self.prior_y = GaussianConditional()
-        # J = R + lmbda D. At a high rate D ~ step^2, and a step twice as long saves a bit:
-        # R = const - 1/2 log2 D. J is least where dR/dD = -lmbda, so D ~ 1 / lmbda, and the step ~ 1 / sqrt(lmbda).
+        # At a high rate D ~ step^2, and a step twice as long saves a bit: R = const - 1/2 log2 D.
+        # R + lmbda D is least where dR/dD = -lmbda: D ~ 1 / lmbda, and the step ~ 1 / sqrt(lmbda).
         start = 0.5 * torch.log(torch.tensor(self.lambdas) / self.lambdas[-1])  # (levels,)
         self.log_gain = nn.Parameter(start[:, None].repeat(1, widths["y"]))  # (levels, M)
         self.log_inverse_gain = nn.Parameter(-start[:, None].repeat(1, widths["y"]))

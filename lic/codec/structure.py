@@ -1,12 +1,12 @@
 """The architecture, described once: which layers there are and which channels join them.
 
 Four networks: g_a makes y of the image, h_a makes z of y, h_s a mean and a scale for each y of z,
-g_s the image of y (model.py has the diagram). LAYERS is the whole mean-scale hyperprior (Minnen, Ballé, Toderici, arXiv:1809.02736, without its
-context model). All that must know the layers asks here: the model that is built, the parameters
-and multiply-accumulates that are counted, the channels that a cut removes, the range of each
-8-bit input, the loop over the integer h_s. Another architecture is another LAYERS, within what
-`check_layers` allows. (The number of bits of each input follows in eight_bits.py; the widths of the
-presets are in model.py.)
+g_s the image of y (model.py has the diagram). LAYERS is the whole mean-scale hyperprior (Minnen,
+Ballé, Toderici, arXiv:1809.02736, without its context model). All that must know the layers asks
+here: the model that is built, the parameters and multiply-accumulates that are counted, the
+channels that a cut removes, the range of each 8-bit input, the loop over the integer h_s. Another
+architecture is another LAYERS, within what `check_layers` allows. (The number of bits of each input
+follows in eight_bits.py; the widths of the presets are in model.py.)
 
 A layer reads one group of channels and makes another. Twelve groups may be narrowed; with them
 go (the output of `python -m lic.codec.structure`):
