@@ -16,7 +16,7 @@ from lic.codec.bitstream import ImageCoder, load_coder
 from lic.codec.entropy import LOG_SCALE_MIN, LOG_SCALE_STEP
 from lic.codec.header import SIZE, read_header
 from lic.codec.model import Codec
-from lic.codec.tables import TAIL, Tables, build_tables
+from lic.codec.tables import MARGIN, TAIL, Tables, build_tables
 from lic.files import BadStream, LicError
 from lic.images import dead_leaves, read_image
 from lic.metrics import psnr
@@ -315,3 +315,56 @@ def test_the_default_quality_is_a_level_that_a_codec_has(model, image_coder):
     single = Codec({"widths": model.config["widths"], "lambdas": [0.01]})
     coder_of_one = ImageCoder(single, build_tables(single), "0" * 16)
     assert read_header(coder_of_one.encode(photo()))[0].quality == 0
+
+
+def test_the_state_never_outgrows_its_64_bits():
+    counts = np.array([5, 2**24 - 5])
+    coder = PlainAns()
+    coder.state = 5 << 40  # one less, and a word need not be moved out before the push
+    coder.push(np.array([0]), counts)
+    assert coder.state < 2**64
+    assert coder.pop(1, counts).tolist() == [0] and coder.state == 5 << 40
+
+
+@pytest.mark.parametrize("extra", ["word", "escape"])
+def test_a_stream_with_something_left_is_refused(image_coder, extra):
+    tables, index = image_coder.tables["y"], np.full(99, 20)
+    words, escapes = ans.encode(np.arange(99, dtype=np.int32) - 50, index, tables)
+    assert ans.decode(words, escapes, index, tables).tolist() == list(range(-50, 49))
+    if extra == "word":
+        words = np.concatenate([np.array([7], np.uint32), words])
+    else:
+        escapes = np.append(escapes, np.int32(3))
+    with pytest.raises(BadStream, match="does not end where it must"):
+        ans.decode(words, escapes, index, tables)
+
+
+def test_a_file_of_no_width_is_refused(image_coder):
+    data = rewrite(image_coder.encode(some_image(40, 40), 0), 11, "<I", 0)
+    with pytest.raises(BadStream, match="0x40 pixels"):
+        image_coder.decode(data)
+
+
+def test_a_quality_is_rounded_to_a_256th(image_coder):
+    assert image_coder.level(1.9999) == 2.0 and image_coder.level(0.4995) == 128 / 256
+
+
+def test_a_picture_is_padded_by_its_last_row_and_column():
+    image = some_image(3, 5)
+    padded = bitstream.pad_edges(image)
+    assert padded.shape == (64, 64, 3) and np.array_equal(padded[:3, :5], image)
+    assert (padded[3:, :5] == image[-1]).all() and (padded[:3, 5:] == image[:, -1:]).all()
+
+
+def test_a_table_leaves_little_outside_with_a_margin_and_an_escape(image_coder):
+    """Of the table of scale s: 2^-20 on either side, then 16 entries; the escape has that mass."""
+    tables = image_coder.tables["y"]
+    starts = np.cumsum(tables.sizes) - tables.sizes
+    for t in (0, 20, 63):
+        scale = np.exp(LOG_SCALE_MIN + LOG_SCALE_STEP * t)
+        beyond = int(np.ceil(4.76 * scale - 0.5))  # a Gaussian has 2^-20 beyond 4.76 scales
+        last = tables.offsets[t] + tables.sizes[t] - 2
+        assert abs(last - (beyond + MARGIN)) <= 1 + 0.002 * scale
+        assert abs(tables.offsets[t] + last) <= 1
+        escape = tables.counts[starts[t] + tables.sizes[t] - 1]
+        assert abs(escape - (1 + 2 * TAIL * 2**24)) <= 1

@@ -14,6 +14,7 @@ import pytest
 from helpers import ROOT, run_script
 
 from lic.codec.checkpoint import load_checkpoint
+from lic.codec.model import LAMBDAS, PRESETS, preset_config
 from lic.files import LicError
 
 RESULTS = json.loads((ROOT / "docs/results.json").read_text())
@@ -178,3 +179,16 @@ def test_the_figures_of_the_docs_are_those_of_the_tool(monkeypatch, capsys):
     source = (ROOT / "tools/figures.py").read_text()
     for path in (ROOT / "docs/figures").iterdir():
         assert f'"{path.stem}"' in source or f'"{path.name}"' in source, path.name
+
+
+def test_the_presets_of_the_page_are_those_of_the_code():
+    page = (ROOT / "docs/training.md").read_text()
+    assert " ".join(map(str, LAMBDAS)) in page.replace("\n", " ")
+    for name in PRESETS:
+        config = preset_config(name)
+        widths = config["widths"]
+        assert widths["h_s.1"] == widths["y"] and len({widths["g_a.1"], widths["z"]}) == 1
+        row = re.search(rf"^\| `{name}`[^|]*\| (.*) \|$", page, re.MULTILINE)[1].split(" | ")
+        assert row[:3] == [str(widths[group]) for group in ("g_a.1", "y", "h_s.2")]
+        assert row[3].split()[-1] == str(len(config["lambdas"]))
+        assert config["lambdas"] == LAMBDAS[: len(config["lambdas"])]

@@ -236,3 +236,24 @@ def test_the_tool_prints_a_row_a_variant(tmp_path, monkeypatch, capsys):
         assert len(set(changes)) == 6 and max(changes) < 0
         both.append(changes)
     np.testing.assert_allclose(*both, atol=0.5)
+
+
+def test_the_search_knows_mean_and_scale_as_the_coder_does(coder):
+    y, z = coder.latents(picture(64, 64), 1.0)
+    mean, log_scale = effort.coded_with(coder, z)
+    expected, index = coder.entropy_parameters(z[0].round().int().numpy())
+    assert torch.equal(mean, expected.float())
+    assert coder.model.prior_y.scale_index(log_scale).flatten().tolist() == index.tolist()
+
+
+def test_the_search_trains_for_the_lmbda_of_its_level(coder, monkeypatch):
+    seen = []
+
+    def spy(model, part, inverse_gain, lmbda, steps, noise, report):
+        seen.append((lmbda, steps, part.x.shape[2:]))
+        return part.v
+
+    monkeypatch.setattr(effort, "train_latents", spy)
+    effort.encode(coder, picture(40, 70), 2, effort=7)
+    # of a picture that is padded its own pixels alone
+    assert seen == [(pytest.approx(coder.model.lambdas[2]), 7, (40, 70))]

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from lic.codec import fast
 from lic.codec.bitstream import ImageCoder
-from lic.codec.eight_bits import WIDE, QuantizedConvolution, eight_bit_inputs
+from lic.codec.eight_bits import SIGNED, WIDE, QuantizedConvolution, eight_bit_inputs
 from lic.codec.fast import (
     Int8Convolution,
     Int8IntegerConvolution,
@@ -208,3 +208,17 @@ def test_a_kernel_that_is_missing_or_wrong_is_not_used(monkeypatch, fault):
     operators = object() if fault == "missing" else Operators
     monkeypatch.setattr(torch.ops, "onednn", operators)
     assert fast.available.__wrapped__() is (fault is None)
+
+
+@needs_kernel
+def test_a_layer_of_more_than_256_channels_has_each_with_its_own_scale():
+    generator = torch.Generator().manual_seed(0)
+    layer = QuantizedConvolution(nn.Conv2d(8, 300, 3, padding=1), SIGNED)
+    with torch.no_grad():
+        layer.input_scale.fill_(0.1)
+        layer.weight_scale.copy_(torch.linspace(0.01, 0.3, 300).view(300, 1, 1, 1))
+        integers = torch.randint(-127, 128, layer.weight.shape, generator=generator)
+        layer.weight.copy_(integers * layer.weight_scale)
+        x = torch.randn(1, 8, 6, 5, generator=generator)
+        expected = layer(x)
+        torch.testing.assert_close(int8_layer(layer)(x), expected, rtol=1e-4, atol=1e-3)

@@ -164,3 +164,71 @@ def test_lively_codec_spans_many_integers():
         y = model.g_a(photo_like() - 0.5)
         z = model.h_a(y)
     assert y.round().unique().numel() > 20 and z.round().unique().numel() > 8
+
+
+def with_outliers():
+    """A codec of which some y cost more than the coder's 24 bits."""
+    codec = lively_codec()
+    with torch.no_grad():
+        codec.h_s[-1].bias[codec.config["widths"]["y"] :] -= 4
+    return codec
+
+
+def test_training_counts_noisy_latents_and_eval_mode_rounded_ones(monkeypatch):
+    codec, x, level = with_outliers(), photo_like(), torch.tensor([1.0])
+    with torch.no_grad():
+        gain, _ = codec.gains(level)
+        y = codec.g_a(x - 0.5) * gain
+        z = codec.h_a(y)
+        mean, log_scale = codec.h_s(z.round()).chunk(2, 1)
+        monkeypatch.setattr("lic.codec.model.add_noise", lambda v, part: v + 0.25)
+        noisy = codec.train()(x, level)
+        rounded = codec.eval()(x, level)
+        y_hat = (y - mean).round() + mean
+        bits = codec.prior_y.bits(y + 0.25, mean, log_scale)
+        bits_hat = codec.prior_y.bits(y_hat, mean, log_scale)
+        assert bits.max() > 40 and bits_hat.max() > 40
+        torch.testing.assert_close(noisy.y_bits, soft_limit(bits).sum((2, 3)))
+        torch.testing.assert_close(rounded.y_bits, bits_hat.clamp(max=24).sum((2, 3)))
+        torch.testing.assert_close(noisy.z_bits, codec.prior_z.bits(z + 0.25).sum((2, 3)))
+        torch.testing.assert_close(rounded.z_bits, codec.prior_z.bits(z.round()).sum((2, 3)))
+
+
+def test_the_rate_of_y_trains_the_analysis_of_z_through_its_rounding():
+    codec = lively_codec().train()
+    codec(photo_like(), torch.tensor([1.0])).y_bits.sum().backward()
+    assert codec.h_a.conv3.weight.grad.abs().sum() > 0
+
+
+def test_a_gain_begins_as_the_root_of_lmbda_and_is_undone():
+    codec = Codec(preset_config("tiny"))
+    lambdas = torch.tensor(codec.lambdas)
+    for level in range(4):
+        gain, inverse_gain = codec.gains(torch.tensor([float(level)]))
+        expected = torch.sqrt(lambdas[level] / lambdas[-1]).expand_as(gain)
+        torch.testing.assert_close(gain, expected)
+        torch.testing.assert_close(gain * inverse_gain, torch.ones_like(gain))
+
+
+def test_z_costs_at_most_24_bits_and_the_scale_of_y_at_most_256():
+    prior = EntropyBottleneck(2)
+    far = torch.full((1, 2, 1, 1), 1e6)
+    torch.testing.assert_close(prior.bits(far), torch.full_like(far, 24.0))
+    y = torch.tensor([1000.0])
+    at_most = GaussianConditional.bits(y, 0 * y, torch.tensor([math.log(256)]))
+    beyond = GaussianConditional.bits(y, 0 * y, torch.tensor([20.0]))
+    torch.testing.assert_close(beyond, at_most)
+
+
+def test_the_density_of_z_is_computed_in_float32_under_autocast():
+    prior, z = EntropyBottleneck(2), torch.randn(1, 2, 8, 8)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        p = prior.likelihood(z)
+    assert p.dtype == torch.float32
+    assert torch.equal(p, prior.likelihood(z))
+
+
+def test_at_the_bound_every_gradient_passes():
+    x = torch.zeros(2, requires_grad=True)
+    (lower_bound(x, 0.0) * torch.tensor([1.0, -1.0])).sum().backward()
+    assert x.grad.tolist() == [1.0, -1.0]

@@ -400,3 +400,94 @@ def test_sensitivity_is_zero_where_nothing_reads_a_group_and_only_there():
     table = search.sensitivities(model.config, rise)
     assert table["h_s.2"][8] == pytest.approx(0, abs=1e-4)
     assert abs(table["g_s.3"][8]) > 0.01
+
+
+def test_the_better_of_both_cuts_is_taken():
+    model, x = lively_codec(), photo_like()
+    keep = {"g_s.1": torch.arange(9)}
+    for liked in (0, 1):
+        values = [torch.tensor([2.0, 8.0]), torch.tensor([2.0, 8.0])]
+        values[liked] = torch.tensor([1.0, 4.0])
+        losses = iter(values)
+        codec, J = pruning.best_cut(model, keep, x, lambda codec, x: next(losses))
+        assert list(J.values()) == [pytest.approx(v.prod().item() ** 0.5) for v in values]
+        folded = narrow(model, keep, observe(model, x) if liked else None)
+        assert torch.equal(codec.g_s.conv2.weight, folded.g_s.conv2.weight)
+
+
+def test_l1_is_the_norm_of_the_weights_that_make_a_channel():
+    model = lively_codec()
+    scores = importance(model, observe(model, photo_like()), "l1")
+    for group, layer in (("g_a.2", model.g_a.conv2), ("g_s.1", model.g_s.conv1)):
+        out_axis, _ = channel_axes(layer)
+        expected = [layer.weight.select(out_axis, c).abs().sum() for c in range(WIDTHS[group])]
+        torch.testing.assert_close(scores[group], torch.stack(expected).detach())
+
+
+def test_residual_removes_in_each_round_what_costs_the_reader_least():
+    """Against the definition: the covariance of what is left is inverted anew in each round."""
+    model = lively_codec()
+    statistics_ = observe(model, photo_like())
+    ranks = importance(model, statistics_)
+    for group, reader in (("g_a.2", "g_a.conv3"), ("g_s.1", "g_s.conv2"), ("z", "h_s.conv1")):
+        covariance = statistics_.inputs[reader].covariance()
+        ridge = 1e-6 * covariance.diagonal().mean() + 1e-12
+        covariance = covariance + ridge * torch.eye(len(covariance), dtype=covariance.dtype)
+        _, in_axis = channel_axes(model.get_submodule(reader))
+        weight = model.get_submodule(reader).weight.detach().double()
+        left, order = list(range(len(covariance))), []
+        while left:
+            P = torch.linalg.inv(covariance[left][:, left])
+            cost = [weight.select(in_axis, c).square().sum() / P[k, k] for k, c in enumerate(left)]
+            order.append(left.pop(int(torch.stack(cost).argmin())))
+        assert ranks[group].argsort().tolist() == order
+
+
+def test_both_is_the_smaller_share():
+    S = search.sparsity(CONFIG, {"h_s.2": 8})
+    assert S["both"] == min(S["params"], S["macs"]) < max(S["params"], S["macs"])
+
+
+def test_sensitivities_are_measured_at_ten_percent_steps_of_each_group():
+    asked = []
+    table = search.sensitivities(CONFIG, lambda widths: asked.append(widths) or 0.5)
+    assert all(len(widths) == 1 for widths in asked)
+    for group, width in CONFIG["widths"].items():
+        nearest = {max(8, 8 * round(k / 10 * width / 8)) for k in range(1, 10)}
+        assert set(table[group]) == nearest | {width} and table[group][width] == 0
+
+
+def test_the_greedy_search_ends_at_the_nearer_of_the_last_two_plans():
+    table = {group: {width: 0.0} for group, width in CONFIG["widths"].items()}
+    table["g_s.2"] = {64: 0.0, 32: 0.01}
+    table["g_s.3"] = {64: 0.0, 8: 0.9}
+    share = share_of("macs")
+    first, second = share({"g_s.2": 32}), share({"g_s.2": 32, "g_s.3": 8})
+    widths, S = search.greedy_search(table, share, first + 0.1 * (second - first))
+    assert (widths["g_s.2"], widths["g_s.3"]) == (32, 64) and S == share(widths) == first
+    widths, S = search.greedy_search(table, share, first + 0.9 * (second - first))
+    assert (widths["g_s.2"], widths["g_s.3"]) == (32, 8) and S == share(widths) == second
+
+
+def test_a_plan_is_fitted_so_that_nothing_can_be_widened():
+    share, full = share_of("macs"), CONFIG["widths"]
+    for start in (dict.fromkeys(full, 8), dict(full)):
+        search.fit_share(start, share, full, 0.4, np.random.default_rng(0))
+        assert share(start) >= 0.4
+        for group, width in start.items():
+            wider = min(full[group], width + 8)
+            assert width == full[group] or share(start | {group: wider}) < 0.4
+
+
+def test_evolution_measures_no_plan_twice():
+    tried = []
+    start = search.adaptive_search(TABLE, share_of("macs"), 0.5)[1]
+    search.evolve(
+        lambda widths: tried.append(tuple(widths.values())) or 0.1,
+        share_of("macs"),
+        start,
+        CONFIG["widths"],
+        60,
+        np.random.default_rng(0),
+    )
+    assert len(tried) == len(set(tried)) > 20

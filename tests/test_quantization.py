@@ -16,6 +16,7 @@ from lic.codec.eight_bits import (
     LEAKY,
     SIGNED,
     WEIGHT,
+    eight_bit_inputs,
     fake_quantize,
     input_ranges,
     pack,
@@ -26,7 +27,12 @@ from lic.codec.integer import MAX_SYMBOL, IntegerHyperSynthesis, freeze_h_s
 from lic.codec.structure import channel_axes
 from lic.codec.tables import build_tables
 from lic.files import LicError
-from lic.shrink.quantization import equalize, input_scales, least_error_scale
+from lic.shrink.quantization import (
+    clipped_inputs,
+    equalize,
+    input_scales,
+    least_error_scale,
+)
 from lic.shrink.rounding import patch_moments, round_weights
 from lic.shrink.statistics import layer_inputs
 
@@ -343,3 +349,34 @@ def test_equalization_changes_no_output_and_balances_inputs_and_weights():
     torch.testing.assert_close(after.y_bits.sum(), before.y_bits.sum(), rtol=1e-3, atol=0)
     spread = lambda v, w: (v / w.abs().amax((1, 2, 3))).log().std()  # noqa: E731
     assert spread(inputs, weight) > 1 and spread(peaks(model), model.g_s.conv2.weight) < 0.01
+
+
+def test_in_g_a_nothing_is_clipped_and_elsewhere_what_is_rare_may_be():
+    names = clipped_inputs()
+    assert names and set(names) == {n for n in eight_bit_inputs() if n[:3] in ("g_s", "h_a")}
+    model, x = lively_codec(), photo_like()
+    by_default = input_scales(model, x)
+    largest, least_error = input_scales(model, x, clipped=[]), input_scales(model, x, names)
+    for name, scale in by_default.items():
+        assert scale == least_error[name]
+        assert scale == largest[name] if name not in names else scale <= largest[name]
+    assert any(by_default[name] < largest[name] for name in names)
+
+
+def test_balancing_leaves_a_dead_channel_as_it_is():
+    model, x = lively_codec(), photo_like()
+    with torch.no_grad():
+        model.g_a.conv2.weight[3] = 0
+        model.g_a.conv2.bias[3] = 0
+    before = model.g_a.conv3.weight[:, 3].clone()
+    equalize(model, x)
+    torch.testing.assert_close(model.g_a.conv3.weight[:, 3], before)
+    assert model.g_a.gdn2.coefficients()[0].isfinite().all()
+
+
+def test_the_integer_bias_of_h_s_is_the_nearest():
+    model = quantized_codec()
+    layer = model.h_s.conv1
+    sum_unit = layer.weight_scale.double().flatten()  # of z_hat's integers
+    error = layer.integer_bias * sum_unit - layer.bias.double()
+    assert (error.abs() <= 0.5001 * sum_unit).all() and (error < 0).any() and (error > 0).any()

@@ -32,7 +32,7 @@ from lic.images import (
 )
 from lic.photographs import load_images
 from lic.program import PatientLog
-from lic.shrink.plan import KEYS, load_plan, save_plan
+from lic.shrink.plan import KEYS, cut_fingerprint, load_plan, save_plan
 from lic.train.state import load_state, read_state, save_state
 
 GOLDEN = ROOT / "tests" / "golden"
@@ -380,7 +380,7 @@ def a_plan():
     {"keep": {"y": list("abcdef")}}, {"keep": {"y": [0, 1, 2, 3, 4, 4]}}, {"lambdas": []},
     {"lambdas": [0.2, 0.1]}, {"lambdas": [0.1, math.inf]}, {"lambdas": ["a"]}, {"keep": 5},
     {"baseline": None}, {"crop": "64"}, {"lambdas": [True, 2.0]}, {"widths": {"y": 6.0}},
-    {"sensitivity": {"y": {}}}, {"sensitivity": {"y": {"\u00b2": 0.5}}},
+    {"widths": {"y": 5}}, {"crop": 65}, {"lambdas": [0.1, 0.1]}, {"sensitivity": {"y": {}}}, {"sensitivity": {"y": {"\u00b2": 0.5}}},
     {"sensitivity": {"y": {"8": math.nan}}}, {"sensitivity": {}}, {"sensitivity": {"y": 3}},
 ], ids=str)  # fmt: skip
 def test_plans_are_checked_for_content(change, tmp_path):
@@ -392,6 +392,21 @@ def test_plans_are_checked_for_content(change, tmp_path):
     (tmp_path / "plan.json").write_text(json.dumps({"format": "lic plan"} | plan))
     with pytest.raises(LicError, match="is not a plan|does not have"):
         load_plan(tmp_path / "plan.json", "00", widths)
+
+
+def test_two_plans_are_one_cut_if_they_keep_the_same_channels():
+    plan, other, same = a_plan(), a_plan(), a_plan()
+    other["keep"]["y"][-1] += 1
+    same["method"] = "uniform"
+    assert cut_fingerprint(plan) == cut_fingerprint(same) != cut_fingerprint(other)
+
+
+def test_what_is_json_but_no_plan_is_refused(tmp_path):
+    save_plan(tmp_path / "plan.json", a_plan())
+    text = (tmp_path / "plan.json").read_text()
+    (tmp_path / "plan.json").write_text(text.replace("lic plan", "a plan"))
+    with pytest.raises(LicError, match="is not a plan"):
+        load_plan(tmp_path / "plan.json")
 
 
 class NoOptimizer:

@@ -123,7 +123,7 @@ def test_the_order_of_the_layers_changes_nothing(monkeypatch):
         (Layer("g_a.conv4", "conv", 5, 2, "g_a.3", "y", "gdn"), "nothing follows"),
         (Layer("g_a.conv2", "conv", 5, 2, "g_a.1", "g_a.2", "igdn"), "followed by gdn"),
         (Layer("h_a.conv1", "cnov", 3, 1, "y", "h_a.1", "lrelu"), "neither conv nor deconv"),
-        (Layer("h_a.conv3", "conv", 5, 2, "y", "z"), "h_a.2: one layer must read it"),
+        (Layer("h_a.conv3", "conv", 5, 2, "y", "z"), "two of y: one in g_s, one in h_a"),
         (Layer("g_a.conv2", "conv", 5, 2, "g_a.7", "g_a.2", "gdn"), "no layer makes"),
         (Layer("g_a.conv2", "conv", 4, 2, "g_a.1", "g_a.2", "gdn"), "an odd kernel"),
         (Layer("g_s.conv3", "conv", 5, 2, "g_s.2", "g_s.3", "igdn"), "its size back"),

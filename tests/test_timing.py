@@ -55,3 +55,36 @@ def test_each_layer_is_timed(monkeypatch):
     assert all(sum(row) > 0 for row in made["coefficients"].values())
     narrow = {group: 8 for group in WIDTHS}
     assert timing.milliseconds(made, narrow) < timing.milliseconds(made, config["widths"])
+
+
+def test_the_coefficients_are_those_of_the_median_round_after_the_warm_up(monkeypatch):
+    """A layer takes 3 ms a million multiply-accumulates and 2 a million numbers; some rounds are
+    slow, and all of the warm-up is."""
+    widths = {group: 64 for group in WIDTHS}
+    rounds = []
+
+    def taken(coder):
+        rounds.append(coder)
+        of_round = (len(rounds) - 1) // len(timing.TIMED_RATIOS)
+        slow = 50 if of_round < timing.WARM_UP or of_round == timing.WARM_UP + 1 else 1
+        work = timing.layer_work(coder.model.config["widths"])
+        return {name: slow * (3 * macs + 2 * moved) for name, (macs, moved) in work.items()}
+
+    monkeypatch.setattr(timing, "time_of_each_layer", taken)
+    made = timing.time_layers({"widths": widths, "lambdas": [0.01]})
+    for name, (macs, moved) in timing.layer_work(widths).items():
+        a, b, c = made["coefficients"][name]
+        assert a * macs + b * moved + c == pytest.approx(3 * macs + 2 * moved, rel=1e-6), name
+    coder = rounds[0]
+    assert coder.model.quantization["weight_bits"] == 8
+    assert coder.model.g_s.conv3.input_range and not coder.model.g_s.conv4.input_range
+
+
+def test_times_are_milliseconds(monkeypatch):
+    monkeypatch.setattr(timing, "HEIGHT", 64)
+    monkeypatch.setattr(timing, "WIDTH", 64)
+    coder = timing.random_coder({"widths": {group: 8 for group in WIDTHS}, "lambdas": [0.01]})
+    ticks = iter(range(10**6))
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: 0.25 * next(ticks))
+    taken = timing.time_of_each_layer(coder)
+    assert taken["g_a.conv1"] == taken["h_s.conv3"] == 250.0

@@ -1,14 +1,21 @@
-"""The loss, the optimizer and the schedule."""
+"""The loss, the batches, the loop, the optimizer and the schedule."""
+
+from argparse import Namespace
 
 import numpy as np
 import pytest
 import torch
 from helpers import lively_codec, photo_like, quantized_codec
 
+from lic.codec.model import Output
 from lic.files import LicError
-from lic.train.loss import rate_distortion
-from lic.train.optimizer import NEWTON_SCHULZ, SCALE_RATE, Optimizer, orthogonal
-from lic.train.schedule import learning_rate
+from lic.images import Images, dead_leaves
+from lic.train.batches import draw
+from lic.train.loop import fit
+from lic.train.loss import level_weights, mean_loss, rate_distortion
+from lic.train.optimizer import CLIP_NORM, NEWTON_SCHULZ, SCALE_RATE, Optimizer, orthogonal
+from lic.train.progress import Progress
+from lic.train.schedule import learning_rate, milestones
 from lic.train.state import load_state, save_state
 
 
@@ -203,3 +210,130 @@ def test_steps_lower_the_loss():
         optimizer.step(1e-3)
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]
+
+
+def test_the_loss_is_its_formula():
+    x = torch.full((2, 3, 64, 64), 0.5)
+    out = Output(x + 0.1, torch.full((2, 5), 80.0), torch.full((2, 3), 16.0))
+    J, y_bpp, z_bpp, mse = rate_distortion(out, x, torch.tensor([0.01, 0.02]))
+    assert y_bpp.tolist() == [400 / 4096] * 2 and z_bpp.tolist() == [48 / 4096] * 2
+    expected = [448 / 4096 + lmbda * 65025 * 0.01 for lmbda in (0.01, 0.02)]
+    torch.testing.assert_close(J, torch.tensor(expected))
+    torch.testing.assert_close(mse, torch.full((2,), 0.01))
+
+
+def test_the_weight_of_a_level_falls_as_the_root_of_lmbda_rises_with_mean_1():
+    weights = level_weights([0.01, 0.04, 0.16])
+    torch.testing.assert_close(weights[0] / weights, torch.tensor([1.0, 2.0, 4.0]))
+    assert weights.mean().item() == pytest.approx(1)
+
+
+def test_held_out_J_is_that_of_each_level_with_its_lmbda_and_real_rounding():
+    model, x = lively_codec().train(), torch.cat([photo_like(), photo_like().flip(3)])
+    J = mean_loss(model, x)
+    assert not model.training
+    expected = []
+    with torch.no_grad():
+        for level, lmbda in enumerate(model.lambdas):
+            out = model(x, torch.full((2,), float(level)))
+            expected.append(rate_distortion(out, x, lmbda)[0].mean().double())
+    torch.testing.assert_close(J, torch.stack(expected), rtol=1e-5, atol=0)
+    assert len(set(J.tolist())) == len(model.lambdas)
+
+
+def training_arguments(path, **changed):
+    defaults = {"steps": 60, "batch": 4, "crop": 64, "lr": 1e-3, "amp": False, "seed": 5}
+    others = {"device": "cpu", "compile": False, "resume": False, "finish": False, "data": None}
+    return Namespace(**defaults, **others, save_every=1000, out=str(path / "a.pt"), **changed)
+
+
+def test_a_batch_depends_on_seed_and_step_alone_and_has_all_levels(tmp_path):
+    images = Images([dead_leaves(seed, 96) for seed in range(4)])
+    args = training_arguments(tmp_path)
+
+    def batch(step, seed=5):
+        return draw(step, images, 4, Namespace(**vars(args) | {"seed": seed}), (0, 1))
+
+    first, again = batch(3), batch(3)
+    assert first.noise == again.noise and torch.equal(first.pixels, again.pixels)
+    for other in (batch(4), batch(3, seed=6)):
+        assert other.noise != first.noise and not torch.equal(other.pixels, first.pixels)
+    levels = torch.cat([batch(step).level for step in range(50)])
+    counts = levels.bincount(minlength=4)
+    assert len(counts) == 4 and counts.min() > 30  # of 50 expected
+
+
+def test_a_step_of_the_loop_is_the_formula_of_the_paper(tmp_path):
+    """Each crop at a level of its own, with its lmbda, the level's weight, and noise in the rate."""
+    images = Images([dead_leaves(seed, 96) for seed in range(4)])
+    args, held_out = training_arguments(tmp_path), photo_like(64, 64)
+    start = lively_codec().state_dict()
+    args.steps = 2
+    trained, plain = lively_codec(), lively_codec().to(memory_format=torch.channels_last)
+    assert all(torch.equal(a, start[name]) for name, a in plain.state_dict().items())
+    assert fit(trained, images, held_out, args) == 2
+
+    optimizer = Optimizer(plain)
+    weight = torch.tensor(plain.lambdas) ** -0.5
+    for step in range(2):
+        noise, pixels, level = draw(step, images, 4, args, (0, 1))
+        torch.manual_seed(noise)
+        x = pixels.permute(0, 3, 1, 2).float() / 255
+        out = plain.train()(x, level.float())
+        bits = out.y_bits.sum(1) + out.z_bits.sum(1)
+        mse = (out.x_hat - x).square().mean((1, 2, 3))
+        lmbda = torch.tensor(plain.lambdas)[level]
+        J = bits / 64**2 + lmbda * 255**2 * mse
+        (J * weight[level] / weight.mean()).mean().backward()
+        optimizer.step(learning_rate(step, 2, 1e-3))
+    for name, a in trained.state_dict().items():
+        torch.testing.assert_close(a, plain.state_dict()[name], rtol=1e-3, atol=1e-5)
+        assert not torch.equal(a, start[name]), name
+
+
+def test_what_adam_trains_is_clipped_together():
+    model = lively_codec().to(memory_format=torch.channels_last)
+    optimizer = Optimizer(model)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 1e6)
+    optimizer.step(1e-3)
+    first_moments = [state["exp_avg"].flatten() for state in optimizer.adam.state.values()]
+    assert torch.cat(first_moments).norm().item() == pytest.approx(0.1 * CLIP_NORM, rel=1e-3)
+
+
+def test_the_gradient_of_a_scales_logarithm_is_the_scales_times_it_however_small():
+    model = quantized_codec().to(memory_format=torch.channels_last)
+    optimizer = Optimizer(model)
+    before = [scale.item() for scale in optimizer.scales]
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 1e-9)
+    optimizer.step(1e-3)
+    for log, scale, old in zip(optimizer.logs, optimizer.scales, before):
+        moment = optimizer.adam.state[log]["exp_avg"].item()
+        assert moment == pytest.approx(0.1 * 1e-9 * old, rel=1e-3)
+        assert 1 - scale.item() / old == pytest.approx(SCALE_RATE * 1e-3, rel=0.05)
+
+
+def test_the_warm_up_is_a_fiftieth_of_the_steps_at_most_280():
+    assert [milestones(steps)[0] for steps in (10, 1000, 14_000, 100_000)] == [1, 20, 280, 280]
+
+
+def test_the_progress_line_has_means_and_the_time_left(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr("lic.train.progress.time.monotonic", lambda: now[0])
+    progress = Progress(steps=3600, done=0)
+    for value in (1.0, 2.0, 3.0, 4.0):
+        now[0] += 3
+        progress.update(loss=torch.tensor(value))
+    # 12 seconds for 4 steps: 3 a step, and 3596 of them are left
+    expected = "step 4/3600  loss 2.5000  3.000 s/step  left 2:59:48\n"
+    assert capsys.readouterr().out == expected
+
+
+def test_another_number_of_threads_is_warned_of(tmp_path, monkeypatch, capsys):
+    model = lively_codec().to(memory_format=torch.channels_last)
+    optimizer, path = Optimizer(model), tmp_path / "a.state"
+    save_state(path, model, optimizer, 3, {"steps": 9}, {})
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 99)
+    load_state(path, model, optimizer, {"steps": 9})
+    assert "this process has 99" in capsys.readouterr().err
