@@ -1,6 +1,7 @@
 import signal
 
 import pytest
+import torch
 from helpers import lively_codec
 from PIL import Image
 
@@ -12,6 +13,12 @@ from lic.images import dead_leaves
 signal.signal(signal.SIGINT, signal.default_int_handler)
 if hasattr(signal, "SIGHUP"):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers():
+    """What a test draws does not depend on the tests before it."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

@@ -19,10 +19,10 @@ import torch
 FOLDER = Path(__file__).parent / "golden"
 sys.path[:0] = [str(FOLDER.parent.parent)]
 
-from lic.codec.bitstream import ImageCoder  # noqa: E402
-from lic.codec.checkpoint import load_checkpoint  # noqa: E402
-from lic.codec.header import MAGIC, SIZE, VERSION  # noqa: E402
-from lic.files import BadStream, LicError  # noqa: E402
+from lic.codec.bitstream import ImageCoder
+from lic.codec.checkpoint import load_checkpoint
+from lic.codec.header import MAGIC, SIZE, VERSION
+from lic.files import BadStream, LicError
 
 MUTATIONS = 2000
 MAX_PIXELS = 2**20

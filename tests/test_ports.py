@@ -18,20 +18,20 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "ports")]
 
-from golden.make import FOLDER  # noqa: E402
-from golden.mistakes import FLOAT_MISTAKES, INTEGER_MISTAKES, MistakenDecoder  # noqa: E402
-from helpers import needs_constriction  # noqa: E402
-from numpy_decoder import Decoder, conv, deconv, gdn, leaky_relu  # noqa: E402
-from PIL import Image  # noqa: E402
-from test_fuzz import mutate, with_checksum  # noqa: E402
-from test_golden import FORGED  # noqa: E402
+from golden.make import FOLDER
+from golden.mistakes import FLOAT_MISTAKES, INTEGER_MISTAKES, MistakenDecoder
+from helpers import needs_constriction
+from numpy_decoder import Decoder, conv, deconv, gdn, leaky_relu
+from PIL import Image
+from test_fuzz import mutate, with_checksum
+from test_golden import FORGED
 
-from lic import SHIPPED  # noqa: E402
-from lic.__main__ import export  # noqa: E402
-from lic.codec import fast  # noqa: E402
-from lic.codec.bitstream import load_coder  # noqa: E402
-from lic.codec.checkpoint import load_checkpoint  # noqa: E402
-from lic.codec.integer import IntegerHyperSynthesis  # noqa: E402
+from lic import SHIPPED
+from lic.__main__ import export
+from lic.codec import fast
+from lic.codec.bitstream import load_coder
+from lic.codec.checkpoint import load_checkpoint
+from lic.codec.integer import IntegerHyperSynthesis
 
 COMPILER = shutil.which("cc")
 FILES = sorted(path.name for path in FOLDER.glob("*.lic"))

@@ -380,7 +380,8 @@ def a_plan():
     {"keep": {"y": list("abcdef")}}, {"keep": {"y": [0, 1, 2, 3, 4, 4]}}, {"lambdas": []},
     {"lambdas": [0.2, 0.1]}, {"lambdas": [0.1, math.inf]}, {"lambdas": ["a"]}, {"keep": 5},
     {"baseline": None}, {"crop": "64"}, {"lambdas": [True, 2.0]}, {"widths": {"y": 6.0}},
-    {"widths": {"y": 5}}, {"crop": 65}, {"lambdas": [0.1, 0.1]}, {"sensitivity": {"y": {}}}, {"sensitivity": {"y": {"\u00b2": 0.5}}},
+    {"widths": {"y": 5}}, {"crop": 65}, {"lambdas": [0.1, 0.1]}, {"sensitivity": {"y": {}}},
+    {"sensitivity": {"y": {"\u00b2": 0.5}}},
     {"sensitivity": {"y": {"8": math.nan}}}, {"sensitivity": {}}, {"sensitivity": {"y": 3}},
 ], ids=str)  # fmt: skip
 def test_plans_are_checked_for_content(change, tmp_path):

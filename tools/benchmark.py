@@ -316,16 +316,21 @@ def peak():
 PARTS = [memory, convolutions, entropy, codecs, layers, training, search, peak]
 
 
-def main():
+def parse_args():
     names = [part.__name__ for part in PARTS]
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
-    parser.add_argument("parts", nargs="*", metavar="PART",
+    parser.add_argument("parts", nargs="*", default=names, metavar="PART",
                         help=f"{', '.join(names)} (default: all)")  # fmt: skip
-    chosen = parser.parse_args().parts or names
-    for name in chosen:
-        if name not in names:
-            parser.error(f"{name} is none of {', '.join(names)}")
+    args = parser.parse_args()
+    unknown = set(args.parts) - set(names)
+    if unknown:
+        parser.error(f"{' '.join(sorted(unknown))}: choose of {', '.join(names)}")
+    return args
+
+
+def main():
+    chosen = parse_args().parts
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
     for part in PARTS:
         if part.__name__ in chosen:
@@ -335,4 +340,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()  # not files.run, which has freed memory kept from the start
+    main()  # not program.run, which has freed memory kept from the start

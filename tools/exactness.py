@@ -202,12 +202,18 @@ def show_encoding(encoding):
         print(f"{name:36} {count.symbols:12} {count.changed:12} {count.psnr_change:28.6f}")
 
 
-def main():
+def parse_args():
+    # fmt: off
     parser = make_parser(__doc__)
     parser.add_argument("--data", required=True, help="folder of images")
     parser.add_argument("--checkpoint", default=SHIPPED,
-                        help="the codec (default: the one shipped)")  # fmt: skip
-    args = parser.parse_args()
+                        help="the codec (default: the one shipped)")
+    # fmt: on
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
     warnings.filterwarnings("ignore", "TF32")  # said whenever oneDNN's flags are set
     coder = load(args.checkpoint)
     decoding = {name: Decoding() for name in SETTINGS}

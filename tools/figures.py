@@ -585,7 +585,7 @@ FIGURES = (architecture, latents, steps, hyperprior, bits, table, units, error, 
            fold, rounding, eight_bits, crops, results, plans, effort_curves)  # fmt: skip
 
 
-def main():
+def parse_args():
     parser = make_parser(__doc__)
     names = [function.__name__ for function in FIGURES]
     parser.add_argument("names", nargs="*", help=f"which (default: all): {' '.join(names)}")
@@ -593,6 +593,11 @@ def main():
     unknown = set(args.names) - set(names)
     if unknown:
         raise LicError(f"no figure is called {' '.join(sorted(unknown))}")
+    return args
+
+
+def main():
+    args = parse_args()
     pyplot = import_pyplot()
     walk = Walk()
     for function in FIGURES:

@@ -24,21 +24,21 @@ from PIL import Image
 FOLDER = Path(__file__).parent
 sys.path[:0] = [str(FOLDER), str(FOLDER.parent.parent), str(FOLDER.parent.parent / "ports")]
 
-from lic.__main__ import export  # noqa: E402
-from lic.codec import ans  # noqa: E402
-from lic.codec.bitstream import ImageCoder, channel_index, load_coder, padded  # noqa: E402
-from lic.codec.checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
-from lic.codec.eight_bits import quantize_layers  # noqa: E402
-from lic.codec.header import Header, crc_of_symbols, pack_file, read_header  # noqa: E402
-from lic.codec.integer import IntegerHyperSynthesis, freeze_h_s  # noqa: E402
-from lic.codec.model import Codec  # noqa: E402
-from lic.codec.tables import Tables, build_tables  # noqa: E402
-from lic.images import dead_leaves, fixed_crops  # noqa: E402
-from lic.photographs import load_images  # noqa: E402
-from lic.shrink.quantization import input_scales  # noqa: E402
-from lic.shrink.rounding import patch_moments, round_weights  # noqa: E402
-from lic.train.loop import fit  # noqa: E402
-from mistakes import FLOAT_MISTAKES, INTEGER_MISTAKES, MistakenDecoder  # noqa: E402
+from lic.__main__ import export
+from lic.codec import ans
+from lic.codec.bitstream import ImageCoder, channel_index, load_coder, padded
+from lic.codec.checkpoint import load_checkpoint, save_checkpoint
+from lic.codec.eight_bits import quantize_layers
+from lic.codec.header import Header, crc_of_symbols, pack_file, read_header
+from lic.codec.integer import IntegerHyperSynthesis, freeze_h_s
+from lic.codec.model import Codec
+from lic.codec.tables import Tables, build_tables
+from lic.images import dead_leaves, fixed_crops
+from lic.photographs import load_images
+from lic.shrink.quantization import input_scales
+from lic.shrink.rounding import patch_moments, round_weights
+from lic.train.loop import fit
+from mistakes import FLOAT_MISTAKES, INTEGER_MISTAKES, MistakenDecoder
 
 WIDTHS = {
     "g_a.1": 9,
