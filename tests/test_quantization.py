@@ -256,8 +256,10 @@ def test_integer_h_s_gives_the_same_bits_in_any_order_of_summation(quantized, z_
         assert torch.equal(torch.cat(plain(z_hat)), expected)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    assert torch.equal(torch.cat(plain(z_hat)), expected)
-    torch.set_num_threads(threads)
+    try:
+        assert torch.equal(torch.cat(plain(z_hat)), expected)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_the_order_of_summation_does_matter_for_weights_that_are_no_integers(quantized, z_hat):

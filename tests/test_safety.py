@@ -693,13 +693,13 @@ def test_inputs_of_evaluate_are_not_replaced(tmp_path, photos, monkeypatch, caps
         assert "is another file of this command" in capsys.readouterr().err
 
 
-def test_another_name_of_an_input_is_not_written(photos):
+def test_another_name_of_an_input_is_not_written(tmp_path, photos):
     """As Photo.png is of photo.png on a disk that does not tell them apart."""
-    image, other = photos / "0.png", photos / "other.png"
+    image, other = tmp_path / "0.png", tmp_path / "other.png"
+    shutil.copy(photos / "0.png", image)
     os.link(image, other)
     with pytest.raises(LicError, match="is another file of this command"):
         claim_output(other, ".png", overwrite=True, inputs=[image])
-    other.unlink()
 
 
 HUGE_RATE = '{"curves": {"a": {"bpp": [1%s], "psnr": [30]}}}' % ("0" * 400)

@@ -33,6 +33,7 @@ from lic.codec.header import Header, crc_of_symbols, pack_file, read_header
 from lic.codec.integer import IntegerHyperSynthesis, freeze_h_s
 from lic.codec.model import Codec
 from lic.codec.tables import Tables, build_tables
+from lic.files import release_outputs
 from lic.images import dead_leaves, fixed_crops
 from lic.photographs import load_images
 from lic.shrink.quantization import input_scales
@@ -303,6 +304,7 @@ def make_archives():
     for codec in ("codec", "quantized"):
         path = FOLDER / codec
         export(argparse.Namespace(checkpoint=f"{path}.pt", output=f"{path}.npz", overwrite=True))
+    release_outputs()
 
 
 PARTS = {
