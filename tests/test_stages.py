@@ -698,7 +698,7 @@ def test_resuming_with_other_settings_is_refused(tmp_path, photos, pipeline):
 
 def test_a_state_that_is_a_checkpoint_is_refused(pipeline):
     model = Codec(preset_config("tiny")).to(memory_format=torch.channels_last)
-    with pytest.raises(Exception, match="holds no training state"):
+    with pytest.raises(LicError, match="holds no training state"):
         load_state(pipeline / "dense.pt", model, Optimizer(model), {"steps": 1})
 
 
