@@ -125,8 +125,9 @@ def table_of(tensors, count):
     table = Tables(*map(np.ascontiguousarray, arrays))
     ends = np.cumsum(table.sizes)
     sums = np.add.reduceat(table.counts, ends - table.sizes, dtype=np.int64)
-    right = len(table.sizes) == len(table.offsets) == count and len(table.counts) == ends[-1]
-    if not (right and min(table.sizes) > 0 and min(table.counts) > 0 and set(sums) == {TOTAL}):
+    complete = len(table.sizes) == len(table.offsets) == count and len(table.counts) == ends[-1]
+    positive = table.sizes.min() > 0 and table.counts.min() > 0
+    if not (complete and positive and (sums == TOTAL).all()):
         raise ValueError("no tables of the coder")
     return table
 
