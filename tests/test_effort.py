@@ -13,6 +13,7 @@ from PIL import Image
 import lic
 from lic import measure
 from lic.codec.bitstream import ImageCoder
+from lic.codec.entropy import soft_limit
 from lic.codec.gradients import round_ste
 from lic.codec.tables import build_tables
 from lic.files import LicError
@@ -257,3 +258,31 @@ def test_the_search_trains_for_the_lmbda_of_its_level(coder, monkeypatch):
     effort.encode(coder, picture(40, 70), 2, effort=7)
     # of a picture that is padded its own pixels alone
     assert seen == [(pytest.approx(coder.model.lambdas[2]), 7, (40, 70))]
+
+
+def test_J_of_a_step_is_its_formula(coder):
+    """With v drawn to the integers, bits softly limited, and the error of the picture's pixels."""
+    model = coder.model
+    image, level = picture(64, 64), 1.0
+    y, z = coder.latents(image, level)
+    mean, log_scale = effort.coded_with(coder, z)
+    log_scale = log_scale - 3  # so that some bits are beyond the limit
+    own = torch.ones(y.shape[2:], dtype=torch.bool)
+    x = torch.from_numpy(image).permute(2, 0, 1)[None] / 255
+    part = effort.Part(x, y - mean, mean, log_scale, own)
+    _, inverse_gain = model.gains(torch.tensor([level]))
+    seen = []
+    noise = torch.Generator().manual_seed(3)
+    effort.train_latents(
+        model, part, inverse_gain, 0.01, 1, noise, lambda v, **figures: seen.append(figures)
+    )
+    v_hat = annealed(y - mean, temperature(0), torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        y_hat = v_hat + mean
+        bits = soft_limit(model.prior_y.bits(y_hat, mean, log_scale))
+        assert bits.max() > 24
+        mse = (model.g_s(y_hat * inverse_gain) + 0.5 - x).square().mean()
+        expected = bits.sum() / 64**2 + 0.01 * 255**2 * mse
+    assert seen[0]["J"].item() == pytest.approx(expected.item(), rel=1e-4)
+    assert seen[0]["bpp_y"].item() == pytest.approx(bits.sum().item() / 64**2, rel=1e-4)
+    assert seen[0]["psnr"].item() == pytest.approx(-10 * np.log10(mse.item()), abs=1e-3)

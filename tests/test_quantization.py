@@ -32,6 +32,7 @@ from lic.shrink.quantization import (
     equalize,
     input_scales,
     least_error_scale,
+    sample,
 )
 from lic.shrink.rounding import patch_moments, round_weights
 from lic.shrink.statistics import layer_inputs
@@ -382,3 +383,10 @@ def test_the_integer_bias_of_h_s_is_the_nearest():
     sum_unit = layer.weight_scale.double().flatten()  # of z_hat's integers
     error = layer.integer_bias * sum_unit - layer.bias.double()
     assert (error.abs() <= 0.5001 * sum_unit).all() and (error < 0).any() and (error > 0).any()
+
+
+def test_values_of_an_input_are_sampled_from_every_column():
+    columns = torch.arange(64.0).expand(2, 30, 100, 64)
+    some = sample(columns)
+    assert 2_500 < len(some) < 10_000 and set(some.tolist()) == set(range(64))
+    assert some.untyped_storage().nbytes() < columns.numel()

@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -33,6 +34,7 @@ from lic.images import (
 from lic.photographs import load_images
 from lic.program import PatientLog
 from lic.shrink.plan import KEYS, cut_fingerprint, load_plan, save_plan
+from lic.train.stage import held_out_option
 from lic.train.state import load_state, read_state, save_state
 
 GOLDEN = ROOT / "tests" / "golden"
@@ -801,3 +803,12 @@ def test_a_checkpoint_without_its_history_is_damaged(key, tmp_path):
     torch.save(checkpoint, tmp_path / "a.pt")
     with pytest.raises(LicError, match="a.pt is damaged"):
         load_checkpoint(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("options, expected", [
+    ({}, ""), ({"data": "a b"}, " --data 'a b' --held-out"),
+    ({"data": "photos", "validation": "held"}, " --data held"),
+], ids=str)  # fmt: skip
+def test_a_stage_says_how_to_measure_on_what_it_held_out(options, expected):
+    args = Namespace(**{"data": None, "validation": None} | options)
+    assert held_out_option(args) == expected

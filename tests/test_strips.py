@@ -96,3 +96,11 @@ def test_only_large_pictures_pass_in_strips():
     assert len(ranges) > 10
     assert [start for start, *_ in ranges[1:]] == [end for _, end, *_ in ranges[:-1]]
     assert ranges[0][2] == 0 and ranges[-1][3] == 250
+
+
+def test_a_strip_has_some_pixels_and_at_least_four_times_its_margin_in_rows():
+    side = strips.coarse_side("g_a")
+    by_pixels = list(strips.row_ranges(500, 250, side, 2))  # 8000x4000: 2^20 pixels are 16 rows
+    assert by_pixels[:2] == [(0, 16, 0, 18), (16, 32, 14, 34)]
+    by_margin = list(strips.row_ranges(100, 4000, side, 2))  # 1600x64000: a row has 2^20 pixels
+    assert by_margin[:2] == [(0, 8, 0, 10), (8, 16, 6, 18)]
