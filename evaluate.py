@@ -140,6 +140,7 @@ def images_of(args):
 
 
 def is_too_large(image):
+    """Has the image (H, W, 3), padded, more pixels than a coder takes by default?"""
     return padded_pixels(*image.shape[:2]) > MAX_PIXELS
 
 

@@ -95,7 +95,11 @@ def images_digest(x):
 
 
 def earlier_sensitivities(args, fingerprint, images):
-    """Those of a plan for the same checkpoint, measured as they would be now."""
+    """Those of a plan for the same checkpoint, measured as they would be now.
+
+    images: the digest of the crops. Raises LicError for a plan of another codec, other options or
+    other images.
+    """
     plan = load_plan(args.sensitivities, fingerprint)
     if not plan["sensitivity"]:
         raise LicError(f"{args.sensitivities} holds no sensitivities; leave out --sensitivities")
@@ -183,6 +187,7 @@ def main():
         raise LicError("--untouched names all groups: nothing is left to narrow")
     train, _ = images_for(args, meta)
     x = fixed_crops(train, args.crops, args.crop)  # (crops, 3, crop, crop)
+    images = images_digest(x)
     cutter = Cutter(model, x, args.importance, args.amp, args.device)
     timing, cost = None, None
     if args.of == "time":
@@ -202,7 +207,7 @@ def main():
     # 1. the sensitivity of J to each group, to the untouched, too: another search may go on from it
     table = None
     if args.sensitivities:
-        table = earlier_sensitivities(args, meta["fingerprint"], images_digest(x))
+        table = earlier_sensitivities(args, meta["fingerprint"], images)
     elif args.method != "uniform":
         print("rise of J when one group alone keeps so many channels, mean over the levels")
         table = search.sensitivities(model.config, cutter.rise)
@@ -226,7 +231,7 @@ def main():
         "baseline": meta["fingerprint"],
         "method": "greedy" if args.method == "evolve" else args.method,
         **{option: vars(args)[option] for option in ("target", "of", "untouched", *MEASURED_WITH)},
-        "images": images_digest(x),
+        "images": images,
         "lambdas": model.lambdas,
         "timing": timing,
         "sensitivity": table,

@@ -39,7 +39,9 @@ def multiple_of(step):
     return parsed(int, lambda value: value > 0 and value % step == 0, f"a multiple of {step}")
 
 
-positive_whole_number = parsed(int, lambda value: 1 <= value < 2**31, "a whole number from 1 up")
+positive_whole_number = parsed(
+    int, lambda value: 1 <= value < 2**31, "a whole number from 1 to 2^31 - 1"
+)
 whole_number = parsed(int, lambda value: 0 <= value < 2**63, "a whole number from 0 to 2^63 - 1")
 positive_number = parsed(float, lambda value: 0 < value < float("inf"), "a positive finite number")
 fraction = parsed(float, lambda value: 0 < value < 1, "a share, between 0 and 1")

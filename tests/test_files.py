@@ -193,7 +193,8 @@ def test_files_that_are_no_images_and_the_case_of_names_do_not_matter(tmp_path):
     "option, value, what",
     [
         ("--steps", "abc", "a whole number from 0 to 2^63 - 1"),
-        ("--batch", 0, "a whole number from 1 up"),
+        ("--batch", 0, "a whole number from 1 to 2^31 - 1"),
+        ("--batch", 2**31, "a whole number from 1 to 2^31 - 1"),
         ("--lr", "nan", "a positive finite number"),
     ],
 )

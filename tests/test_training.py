@@ -263,7 +263,7 @@ def test_a_batch_depends_on_seed_and_step_alone_and_has_all_levels(tmp_path):
     assert len(counts) == 4 and counts.min() > 30  # of 50 expected
 
 
-def test_a_step_of_the_loop_is_the_formula_of_the_paper(tmp_path):
+def test_a_step_of_the_loop_is_that_of_a_plain_loop(tmp_path):
     """Each crop has a level of its own, with its lmbda and weight, and noise in its rate."""
     images = Images([dead_leaves(seed, 96) for seed in range(4)])
     args, held_out = training_arguments(tmp_path), photo_like(64, 64)

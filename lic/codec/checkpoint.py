@@ -23,7 +23,6 @@ from lic.codec.tables import Tables, numbers_of_tables
 from lic.files import UNREADABLE, LicError, read_tensors, write_tensors
 
 FORMAT, VERSION = "lic checkpoint", 2  # version 1 had ReLUs in the hyper networks
-TOTAL = 2**PRECISION  # what the counts of a table add up to
 FLOAT_STAGES = ("train", "control", "prune")  # the others are quantized
 
 
@@ -127,7 +126,7 @@ def table_of(tensors, count):
     sums = np.add.reduceat(table.counts, ends - table.sizes, dtype=np.int64)
     complete = len(table.sizes) == len(table.offsets) == count and len(table.counts) == ends[-1]
     positive = table.sizes.min() > 0 and table.counts.min() > 0
-    if not (complete and positive and (sums == TOTAL).all()):
+    if not (complete and positive and (sums == 2**PRECISION).all()):
         raise ValueError("no tables of the coder")
     return table
 

@@ -32,7 +32,7 @@ from lic.files import LicError
 WEIGHT = (-127, 127)
 SIGNED = (-128, 127)
 LEAKY = (-32, 223)  # after a leaky ReLU, whose negative side is an eighth of the other
-# 16 bits are 256 * high + low, two digits: a sum over each is one for an 8-bit kernel (fast.py)
+# 16 bits are 256 * high + low, two digits: an 8-bit kernel can sum over each of them (fast.py)
 DIGIT = (-32, 223)
 WIDE = (257 * DIGIT[0], 257 * DIGIT[1])
 

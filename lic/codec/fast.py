@@ -232,7 +232,7 @@ def available():
 
 @torch.no_grad()
 def kernel_is_exact():
-    """Without VNNI instructions its sums saturate."""
+    """Does it give what the simulation gives? Its sums saturate without VNNI instructions."""
     transposed = nn.utils.skip_init(
         nn.ConvTranspose2d, 64, 8, 5, stride=2, padding=2, output_padding=1
     )

@@ -7,7 +7,7 @@
     "method", "importance", "target", "of", "untouched": what was asked for; "sparsity": what came
                     of it
     "crops", "crop" how many crops of which side it was measured on; prune.py takes as many
-    "images"        search.images_digest of these crops; "amp": whether in bf16
+    "images"        a digest of these crops; "amp": whether in bf16
     "lambdas"; "J", "J_zeros", "J_folded": J a level, dense, cut, and cut and folded
 
 Whoever reads one checks it first: `load_plan`.
